@@ -1,0 +1,1 @@
+"""What runs in a stage's container: a Functions Framework function over a span of transformer blocks."""

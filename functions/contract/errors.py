@@ -1,0 +1,111 @@
+"""What can go wrong at a stage, each with an HTTP status and whether another try can heal it.
+
+    StageError
+    ├── InvalidEvent       400  not a CloudEvent of ours, or its data breaks the contract
+    ├── PlanMismatch       409  the event belongs to another plan or stage
+    ├── WrongPosition      409  a gap: the step starts past what the stage has cached (names the position)
+    ├── EventTooLarge      413  the body is over the stage's limit
+    ├── PromptTooLong      422  a position past what the model can address
+    ├── KvExhausted        429  the KV budget is used up now; later it may not be
+    ├── StageFailure       500  a fault in the stage itself
+    └── NotReady           503  still loading, or shutting down
+
+An unknown sequence is a `WrongPosition` whose position is 0: the remedy, replay from there, is the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class StageError(Exception):
+    """An error that a stage answers as an error event. `str(error)` is meant for people."""
+
+    code: ClassVar[str] = "stage_error"
+    status: ClassVar[int] = 500
+    retriable: ClassVar[bool] = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The data of the error event; `from_json` is the inverse."""
+        return {"code": self.code, "message": str(self), "retriable": self.retriable}
+
+
+class InvalidEvent(StageError):
+    code = "invalid_event"
+    status = 400
+
+
+class PlanMismatch(StageError):
+    code = "plan_mismatch"
+    status = 409
+
+
+class WrongPosition(StageError):
+    """`position` is how many tokens of `sequence` the stage has cached: a step must start there or earlier."""
+
+    code = "wrong_position"
+    status = 409
+    retriable = True
+
+    def __init__(self, message: str, *, sequence: int = 0, position: int = 0) -> None:
+        super().__init__(message)
+        self.sequence = sequence
+        self.position = position
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "sequence": self.sequence, "position": self.position}
+
+
+class EventTooLarge(StageError):
+    code = "event_too_large"
+    status = 413
+
+
+class PromptTooLong(StageError):
+    code = "prompt_too_long"
+    status = 422
+
+
+class KvExhausted(StageError):
+    code = "kv_exhausted"
+    status = 429
+    retriable = True
+
+
+class StageFailure(StageError):
+    code = "stage_failure"
+    status = 500
+
+
+class NotReady(StageError):
+    code = "not_ready"
+    status = 503
+    retriable = True
+
+
+_BY_CODE: dict[str, type[StageError]] = {
+    kind.code: kind
+    for kind in (
+        InvalidEvent,
+        PlanMismatch,
+        WrongPosition,
+        EventTooLarge,
+        PromptTooLong,
+        KvExhausted,
+        StageFailure,
+        NotReady,
+    )
+}
+
+
+def from_json(data: Any) -> StageError:
+    """The error that a stage reported. Anything unreadable becomes a `StageFailure` that quotes it."""
+    kind = _BY_CODE.get(data.get("code", "")) if isinstance(data, dict) else None
+    if kind is None:
+        return StageFailure(f"the stage answered an error that is not one of ours: {str(data)[:200]}")
+    message = str(data.get("message", ""))
+    if kind is WrongPosition:
+        return WrongPosition(
+            message, sequence=int(data.get("sequence", 0)), position=int(data.get("position", 0))
+        )
+    return kind(message)

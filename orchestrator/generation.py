@@ -1,0 +1,70 @@
+"""What a user's request becomes, and what comes back token by token: the seam between endpoints and chain."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from functions.contract.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate. A request with n choices becomes n of these, with seeds derived from its own.
+
+    Generation ends after `max_tokens` tokens ("length") or with a token of `stop_ids` ("stop"; that token is
+    reported too). Texts that stop generation are the endpoint's business: it closes the iterator."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    params: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. `finish` is set on the last one. `top` is (token, logprob), likeliest first."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None
+
+
+class GenerationError(Exception):
+    """A request that cannot be served. `status` is the HTTP status, `code` a stable word, the text is for people."""
+
+    def __init__(
+        self, message: str, *, status: int, code: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class Generator(Protocol):
+    """Turns requests into tokens. The chain is the real one; tests of the endpoints use a whole model in-process."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are accepted."""
+        ...
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of prompt and answer together."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
+        """Tokens as they are made. Closing the iterator (aclose) cancels and frees the sequence everywhere.
+
+        Raises GenerationError, before the first token or between two."""
+        ...
