@@ -105,7 +105,5 @@ def from_json(data: Any) -> StageError:
         return StageFailure(f"the stage answered an error that is not one of ours: {str(data)[:200]}")
     message = str(data.get("message", ""))
     if kind is WrongPosition:
-        return WrongPosition(
-            message, sequence=int(data.get("sequence", 0)), position=int(data.get("position", 0))
-        )
+        return WrongPosition(message, sequence=int(data.get("sequence", 0)), position=int(data.get("position", 0)))
     return kind(message)

@@ -78,9 +78,7 @@ def unpack(body: Buffer) -> Frames:
         raise ValueError(f"a safetensors body has at least 8 bytes, got {len(view)}")
     (header_bytes,) = struct.unpack("<Q", view[:8])
     if header_bytes > min(HEADER_BYTES_MAX, len(view) - 8):
-        raise ValueError(
-            f"the header claims {header_bytes} bytes, the body has {len(view) - 8} after the length"
-        )
+        raise ValueError(f"the header claims {header_bytes} bytes, the body has {len(view) - 8} after the length")
     header = parse_header(bytes(view[8 : 8 + header_bytes]))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -96,9 +96,7 @@ class Step:
         if self.tokens.shape != (total,):
             raise InvalidEvent(f"the slices hold {total} tokens, tokens has shape {list(self.tokens.shape)}")
         if self.hidden is not None and (len(self.hidden.shape) != 2 or self.hidden.shape[0] != total):
-            raise InvalidEvent(
-                f"hidden must be [{total}, hidden size] like the tokens, got {list(self.hidden.shape)}"
-            )
+            raise InvalidEvent(f"hidden must be [{total}, hidden size] like the tokens, got {list(self.hidden.shape)}")
         unopened = [s.sequence for s in self.slices if s.start == 0 and s.sequence not in self.openings]
         if unopened or not ids.issuperset(self.openings):
             raise InvalidEvent("openings must be given for exactly the sequences whose slice starts at 0")
@@ -174,9 +172,7 @@ class Samples:
         if int(rows[:, 3].sum()) != len(tokens) or len(tokens) != len(values) or (rows[:, 3] < 0).any():
             raise InvalidEvent("top_tokens and top_logprobs do not match the counts in samples")
         items, at = [], 0
-        for (sequence, position, token, count, has_logprob), logprob in zip(
-            rows.tolist(), logprobs, strict=True
-        ):
+        for (sequence, position, token, count, has_logprob), logprob in zip(rows.tolist(), logprobs, strict=True):
             top = tuple(zip(tokens[at : at + count], values[at : at + count], strict=True))
             items.append(Sampled(sequence, position, token, logprob if has_logprob else None, top))
             at += count

@@ -72,14 +72,12 @@ class SamplingParams:
 
 
 _INTEGERS = {"top_k", "seed", "logprobs", "logit_bias token"}
-_DEFAULTS: dict[str, Any] = {
-    f.name: {} if f.name == "logit_bias" else f.default for f in fields(SamplingParams)
-}
+_DEFAULTS: dict[str, Any] = {f.name: {} if f.name == "logit_bias" else f.default for f in fields(SamplingParams)}
 
 
 def _within(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
-    kinds: tuple[type, ...] = (int,) if name in _INTEGERS else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a {'whole ' if name in _INTEGERS else ''}number, got {value!r}")
+    whole = name in _INTEGERS
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
     if not (low < value if low_open else low <= value) or value > high:
         raise ValueError(f"{name} must be {'>' if low_open else '>='} {low:g} and <= {high:g}, got {value!r}")

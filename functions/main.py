@@ -1,0 +1,23 @@
+"""The function that Functions Framework serves: `functions-framework --asgi --source functions/main.py --target stage`.
+
+Loading starts when the framework reads this file, and goes on in the background while the port already answers.
+"""
+
+from __future__ import annotations
+
+import functions_framework.aio
+from starlette.requests import Request
+from starlette.responses import Response
+
+from functions.handler import Handler
+from functions.service import StageService
+from functions.settings import read_settings
+
+service = StageService(read_settings())
+_handler = Handler(service)
+
+
+@functions_framework.aio.http
+async def stage(request: Request) -> Response:
+    """One stage of the chain. Events by POST; GET /healthz, /readyz, /metrics."""
+    return await _handler(request)

@@ -1,0 +1,180 @@
+"""A stage behind its events: loading in the background, one computation at a time, the event loop free meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import structlog
+import torch
+
+from functions import metrics
+from functions.contract import events
+from functions.contract.checkpoint import CheckpointError, open_checkpoint
+from functions.contract.errors import InvalidEvent, NotReady, PlanMismatch, StageError, StageFailure
+from functions.contract.events import Event
+from functions.contract.frames import Buffer
+from functions.contract.messages import StageInfo, Step, decode_release
+from functions.runner import load_runner
+from functions.settings import SettingsError, StageSettings
+from functions.stage import Stage
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class StageService:
+    """Answers wake, step and release events. `failure` is set when loading has failed for good."""
+
+    def __init__(self, settings: StageSettings) -> None:
+        self.settings = settings
+        self.failure: str | None = None
+        self._stage: Stage | None = None
+        # one thread: the stage is not made for two, and torch uses the cores by itself
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._loaded = threading.Event()
+        threading.Thread(target=self._load, name="load", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        return self._stage is not None
+
+    async def answer(self, event: Event, replica: str) -> Event:
+        """The reply to a wake, step or release. Raises StageError."""
+        self._check_address(event)
+        if event.type == events.WAKE:
+            return self._reply(event, events.WOKEN, await self._woken(replica), replica)
+        if event.type == events.STEP:
+            return await self._step(event, replica)
+        if event.type == events.RELEASE:
+            return self._reply(event, events.RELEASED, await self._release(event), replica)
+        raise InvalidEvent(f"unknown event type {event.type!r}; this stage takes {', '.join(events.REQUEST_TYPES)}")
+
+    def _check_address(self, event: Event) -> None:
+        """Refuses what was meant for another plan or stage."""
+        plan, stage = event.extensions.get("plan"), event.extensions.get("stage")
+        if plan != self.settings.plan or stage != str(self.settings.index):
+            raise PlanMismatch(
+                f"the event is for stage {stage} of plan {plan}, this is stage {self.settings.index} of plan "
+                f"{self.settings.plan}; orchestrator and stages must be started from the same plan"
+            )
+
+    async def _woken(self, replica: str) -> bytes:
+        await asyncio.to_thread(self._loaded.wait)
+        stage = self._require()
+        info = StageInfo(
+            model=self.settings.model_name,
+            plan=self.settings.plan,
+            stage=self.settings.index,
+            stages=self.settings.count,
+            blocks=(stage.model.span.start, stage.model.span.end),
+            replica=replica,
+            dtype=str(stage.model.dtype).removeprefix("torch."),
+            device=str(stage.model.device),
+            hidden_size=stage.model.hidden_size,
+            vocab_size=stage.model.vocab_size,
+            max_positions=stage.model.max_positions,
+            kv_bytes_per_token=stage.kv.bytes_per_token,
+            kv_bytes_max=stage.kv.bytes_max,
+            kv_bytes_used=stage.kv.bytes_used,
+            weight_bytes=stage.model.weight_bytes,
+            sequences=len(stage.kv),
+        )
+        return json.dumps(dataclasses.asdict(info)).encode()
+
+    async def _step(self, event: Event, replica: str) -> Event:
+        stage = self._require()
+        if event.content_type != events.TENSORS:
+            raise InvalidEvent(f"the data of a step is {events.TENSORS}, got {event.content_type!r}")
+        step = Step.from_body(event.data)
+        arrived_s = time.perf_counter()
+        parts, compute_s = await self._in_turn(self._compute_step, stage, step, arrived_s)
+        metrics.TOKENS.inc(len(step.tokens))
+        extra = {"computeus": str(round(compute_s * 1e6))}
+        return self._reply(event, events.STEPPED, b"".join(parts), replica, events.TENSORS, extra)
+
+    def _compute_step(self, stage: Stage, step: Step, arrived_s: float) -> tuple[list[Buffer], float]:
+        started_s = time.perf_counter()
+        try:
+            parts = stage.step(step).to_body()
+        except StageError:
+            raise
+        except Exception as error:
+            log.exception("step_failed", slices=len(step.slices), tokens=len(step.tokens))
+            raise StageFailure(f"the computation failed ({type(error).__name__}); see the log of the stage") from error
+        finally:
+            compute_s = time.perf_counter() - started_s
+            metrics.WAIT_SECONDS.observe(started_s - arrived_s)
+            metrics.COMPUTE_SECONDS.observe(compute_s)
+            self._show_kv(stage)
+        return parts, compute_s
+
+    async def _release(self, event: Event) -> bytes:
+        sequences = decode_release(event.data)
+        stage = self._require()
+
+        def release() -> list[int]:
+            released = stage.kv.release(sequences)
+            self._show_kv(stage)
+            return released
+
+        return json.dumps({"released": await self._in_turn(release)}).encode()
+
+    async def _in_turn(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._compute, work, *args)
+
+    def _require(self) -> Stage:
+        if self._stage is None:
+            raise NotReady(self.failure or "the stage is still loading its weights")
+        return self._stage
+
+    def _load(self) -> None:
+        started_s = time.perf_counter()
+        try:
+            self._stage = _load_stage(self.settings)
+            seconds = time.perf_counter() - started_s
+            metrics.LOAD_SECONDS.set(seconds)
+            self._show_kv(self._stage)
+            log.info("ready", blocks=str(self.settings.blocks), load_s=round(seconds, 3))
+        except (CheckpointError, SettingsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            self.failure = str(error) or type(error).__name__
+        except Exception as error:
+            log.exception("loading_failed")
+            self.failure = f"loading failed: {type(error).__name__}: {error}"
+        finally:
+            self._loaded.set()
+
+    @staticmethod
+    def _show_kv(stage: Stage) -> None:
+        metrics.KV_BYTES.set(stage.kv.bytes_used)
+        metrics.KV_BYTES_MAX.set(stage.kv.bytes_max)
+        metrics.SEQUENCES.set(len(stage.kv))
+
+    def _reply(
+        self,
+        event: Event,
+        kind: str,
+        data: Buffer,
+        replica: str,
+        content_type: str = events.JSON,
+        extra: Mapping[str, str] | None = None,
+    ) -> Event:
+        source = f"/stagecraft/{self.settings.model_name}/stages/{self.settings.index}/{replica}"
+        return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})})
+
+
+def _load_stage(settings: StageSettings) -> Stage:
+    """Raises CheckpointError and SettingsError."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = settings.torch_device()
+    checkpoint = open_checkpoint(settings.model)
+    runner = load_runner(checkpoint, settings.blocks, settings.torch_dtype(checkpoint, device), device)
+    return Stage(runner, settings.kv_budget_bytes(device))

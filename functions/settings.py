@@ -1,0 +1,87 @@
+"""Settings of a stage's process, read once from STAGE_... environment variables."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+import psutil
+import torch
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode
+
+from functions.contract.checkpoint import Checkpoint
+from functions.contract.spans import BlockSpan
+
+_CPU_KV_BYTES_MAX = 4 << 30
+_CPU_KV_SHARE = 0.25
+_CUDA_KV_SHARE = 0.85
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the text names it and what is allowed."""
+
+
+class StageSettings(BaseSettings, env_prefix="STAGE_", extra="forbid", frozen=True, arbitrary_types_allowed=True):
+    model: str = Field(description="folder or URL of the checkpoint")
+    blocks: Annotated[BlockSpan, NoDecode] = Field(description="START:END, half-open")
+    index: int = Field(0, ge=0, description="number of this stage, from 0")
+    count: int = Field(1, ge=1, description="number of stages")
+    plan: str = Field("", description="digest of the plan; events of another plan are refused")
+    model_name: str = "model"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    kv_bytes_max: int | None = Field(None, gt=0, description="bytes; default a share of free memory")
+    body_bytes_max: int = Field(1 << 30, gt=0, description="largest event taken, in bytes")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default")
+    replica: str = Field("", description="HOST:PORT that reaches this replica; default the listening socket")
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _parse_blocks(cls, value: object) -> object:
+        return BlockSpan.parse(value) if isinstance(value, str) else value
+
+    def torch_device(self) -> torch.device:
+        """Raises SettingsError for a GPU that is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise SettingsError(f"STAGE_DEVICE is {self.device}, but torch finds no CUDA device; use cpu or auto")
+        return torch.device(self.device)
+
+    def torch_dtype(self, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+        """auto: what the checkpoint was saved in on a GPU, float32 on a CPU (few CPUs compute halves quickly)."""
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        if device.type == "cpu":
+            return torch.float32
+        saved = checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype") or "bfloat16"
+        return getattr(torch, str(saved).removeprefix("torch."), torch.bfloat16)
+
+    def kv_budget_bytes(self, device: torch.device) -> int:
+        """What was set, else 85 % of the GPU's free memory, or a quarter of the host's (at most 4 GiB)."""
+        if self.kv_bytes_max is not None:
+            return self.kv_bytes_max
+        if device.type == "cuda":
+            return int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+        return min(_CPU_KV_BYTES_MAX, int(psutil.virtual_memory().available * _CPU_KV_SHARE))
+
+
+def read_settings() -> StageSettings:
+    """From the environment. Raises SettingsError, also for a STAGE_ name that does not exist."""
+    known = {f"STAGE_{name.upper()}" for name in StageSettings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith("STAGE_") and name not in known)
+    if unknown:
+        raise SettingsError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        return StageSettings()  # type: ignore[call-arg]  # pydantic reads the environment
+    except (ValidationError, ValueError) as error:
+        raise SettingsError(_explain(error)) from None
+
+
+def _explain(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(
+        f"STAGE_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" for item in error.errors()
+    )

@@ -1,0 +1,99 @@
+"""One stage at work: steps in, hidden states or samples out, caches kept straight.
+
+Pure in the sense that it knows no HTTP and no clock; one thread at a time may call it. A step is all or nothing: it is
+checked before anything changes, and if the computation fails, the sequences stand where they stood.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from functions.contract.errors import InvalidEvent, PromptTooLong, WrongPosition
+from functions.contract.frames import Frame
+from functions.contract.messages import Samples, Slice, Step
+from functions.kv_cache import KvStore, Sequence
+from functions.runner import Runner
+from functions.sampling import Draw, choose
+from functions.weights import SAFETENSORS_DTYPES, TORCH_DTYPES
+
+
+class Stage:
+    def __init__(self, runner: Runner, kv_bytes_max: int) -> None:
+        self.model = runner.model
+        self.kv = KvStore(len(self.model.span), runner.kv_bytes_per_token, kv_bytes_max)
+        self._runner = runner
+
+    def step(self, step: Step) -> Step | Samples:
+        """Computes the slices. The answer is the step with this stage's hidden states, or the samples at the end.
+
+        Steps may repeat: a slice that starts before what is cached is computed anew from there. Raises InvalidEvent,
+        WrongPosition, PromptTooLong, KvExhausted."""
+        self._check(step)
+        tokens = torch.from_numpy(step.tokens.astype(np.int64)).to(self.model.device)
+        hidden = self._hidden(step)
+        sequences = self.kv.reserve(step.slices, dict(step.openings))
+        result = self._runner.run(sequences, step.slices, tokens, hidden)
+        self._advance(step, sequences)
+        if self.model.ends.last:
+            return self._samples(step.slices, sequences, result)
+        return Step(step.slices, step.tokens, _frame(result), step.openings)
+
+    def _check(self, step: Step) -> None:
+        if len(step.tokens) and not (0 <= step.tokens.min() and step.tokens.max() < self.model.vocab_size):
+            raise InvalidEvent(f"token ids must be in 0..{self.model.vocab_size - 1}")
+        self._check_hidden(step)
+        for piece in step.slices:
+            if piece.end > self.model.max_positions:
+                raise PromptTooLong(
+                    f"sequence {piece.sequence} would reach {piece.end} tokens; the model takes at most "
+                    f"{self.model.max_positions}"
+                )
+            position = self.kv.position(piece.sequence)
+            if piece.start > position:
+                raise WrongPosition(
+                    f"sequence {piece.sequence}: the slice starts at {piece.start}, this stage has {position} tokens",
+                    sequence=piece.sequence,
+                    position=position,
+                )
+
+    def _check_hidden(self, step: Step) -> None:
+        if self.model.ends.first:
+            if step.hidden is not None:
+                raise InvalidEvent("the first stage takes tokens only, the event brings hidden states")
+            return
+        dtype = SAFETENSORS_DTYPES[self.model.dtype]
+        if step.hidden is None:
+            raise InvalidEvent("this stage needs the hidden states of the stage before it")
+        if step.hidden.dtype != dtype or step.hidden.shape[1] != self.model.hidden_size:
+            raise InvalidEvent(
+                f"hidden must be {dtype} [n, {self.model.hidden_size}], got {step.hidden.dtype} "
+                f"{list(step.hidden.shape)}"
+            )
+
+    def _hidden(self, step: Step) -> torch.Tensor | None:
+        if step.hidden is None:
+            return None
+        flat = torch.frombuffer(step.hidden.data, dtype=TORCH_DTYPES[step.hidden.dtype])
+        return flat.view(step.hidden.shape).to(self.model.device)
+
+    def _advance(self, step: Step, sequences: list[Sequence]) -> None:
+        at = 0
+        for piece, sequence in zip(step.slices, sequences, strict=True):
+            sequence.tokens.extend(step.tokens[at : at + piece.length].tolist())
+            sequence.position = piece.end
+            at += piece.length
+
+    def _samples(self, slices: tuple[Slice, ...], sequences: list[Sequence], logits: torch.Tensor) -> Samples:
+        draws = [
+            Draw(s.sequence, s.end, sequence.opening.params, sequence.tokens, sequence.opening.prompt_length)
+            for s, sequence in zip(slices, sequences, strict=True)
+            if s.sample
+        ]
+        return Samples(choose(logits, draws) if draws else ())
+
+
+def _frame(hidden: torch.Tensor) -> Frame:
+    """The tensor's bytes without a copy (after one to the host, for a GPU)."""
+    host = hidden.contiguous().cpu()
+    return Frame(SAFETENSORS_DTYPES[host.dtype], tuple(host.shape), host.view(torch.uint8).numpy().reshape(-1).data)
