@@ -26,7 +26,7 @@ PACKED = "stagecraft_packed"
 _current: ContextVar[PackedCache] = ContextVar("packed_cache")
 
 
-class PackedCache(Cache):
+class PackedCache(Cache):  # type: ignore[misc]  # Transformers has no types
     """The caches of the sequences in one forward pass, in the order of their rows."""
 
     def __init__(self, sequences: Items[Sequence], lengths: Items[int]) -> None:
@@ -47,7 +47,7 @@ class PackedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Files keys and values [1, kv heads, sum of lengths, size] of block `layer_idx`; returns them unchanged."""
-        keys, values = key_states[0].split(self.lengths, dim=1), value_states[0].split(self.lengths, dim=1)
+        keys, values = torch.split(key_states[0], self.lengths, 1), torch.split(value_states[0], self.lengths, 1)
         self._now = [
             (file_rows(s.keys, layer_idx, s, k), file_rows(s.values, layer_idx, s, v))
             for s, k, v in zip(self.sequences, keys, values, strict=True)
@@ -80,7 +80,7 @@ def packed_attention(
     """query [1, heads, n, size] -> [1, n, heads, value size]; key and value are taken from the current cache."""
     cache = _current.get()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    pieces = query[0].split(cache.lengths, dim=1)
+    pieces = torch.split(query[0], cache.lengths, 1)
     rows = []
     for piece, (keys, values) in zip(pieces, cache.take(), strict=True):
         if softcap is None and s_aux is None:

@@ -17,7 +17,7 @@ service = StageService(read_settings())
 _handler = Handler(service)
 
 
-@functions_framework.aio.http
+@functions_framework.aio.http  # type: ignore[untyped-decorator]
 async def stage(request: Request) -> Response:
     """One stage of the chain. Events by POST; GET /healthz, /readyz, /metrics."""
     return await _handler(request)

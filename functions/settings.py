@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import psutil
 import torch
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from functions.contract.checkpoint import Checkpoint
 from functions.contract.spans import BlockSpan
@@ -22,7 +22,11 @@ class SettingsError(Exception):
     """A setting is missing or wrong; the text names it and what is allowed."""
 
 
-class StageSettings(BaseSettings, env_prefix="STAGE_", extra="forbid", frozen=True, arbitrary_types_allowed=True):
+class StageSettings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="STAGE_", extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
     model: str = Field(description="folder or URL of the checkpoint")
     blocks: Annotated[BlockSpan, NoDecode] = Field(description="START:END, half-open")
     index: int = Field(0, ge=0, description="number of this stage, from 0")

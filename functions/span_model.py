@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -122,9 +122,9 @@ class SpanModel:
         try:
             output = run(**inputs, **extra, position_ids=positions[None], past_key_values=cache, use_cache=True)
             if run is self._model:
-                return output.logits[0]
+                return cast(torch.Tensor, output.logits[0])
             if self.ends.last:
-                return output.last_hidden_state[0, :0]
+                return cast(torch.Tensor, output.last_hidden_state[0, :0])
             assert self._outgoing is not None  # our own hook has run
             return self._outgoing[0]
         finally:
@@ -176,7 +176,7 @@ def _cut(model: Any, checkpoint: Checkpoint, span: BlockSpan) -> Cut:
     for index, block in enumerate(kept):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                module.layer_idx = index  # type: ignore[assignment]  # a plain number, whatever torch's types say
     _cut_config(model.config.get_text_config(), span, total)
     embedding_name = _name_of(model, model.get_input_embeddings())
     head_name = _name_of(model, model.get_output_embeddings())

@@ -40,7 +40,7 @@ class Stage:
         return Step(step.slices, step.tokens, _frame(result), step.openings)
 
     def _check(self, step: Step) -> None:
-        if len(step.tokens) and not (0 <= step.tokens.min() and step.tokens.max() < self.model.vocab_size):
+        if len(step.tokens) and not (step.tokens.min() >= 0 and step.tokens.max() < self.model.vocab_size):
             raise InvalidEvent(f"token ids must be in 0..{self.model.vocab_size - 1}")
         self._check_hidden(step)
         for piece in step.slices:

@@ -38,7 +38,7 @@ class LazyTensor:
     def __getitem__(self, key: Any) -> torch.Tensor:
         raw = torch.empty(self._info.nbytes, dtype=torch.uint8)  # aligned as torch likes it, filled in place
         if self._info.nbytes:
-            read_tensor(self._checkpoint, self._info, memoryview(raw.numpy()))
+            read_tensor(self._checkpoint, self._info, raw.numpy().data)
         return raw.view(TORCH_DTYPES[self._info.dtype]).view(self._info.shape)[key]
 
     def get_dtype(self) -> str:

@@ -38,7 +38,13 @@ class GenerationError(Exception):
     """A request that cannot be served. `status` is the HTTP status, `code` a stable word, the text is for people."""
 
     def __init__(
-        self, message: str, *, status: int, code: str, param: str | None = None, retry_after_s: int | None = None
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        param: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status

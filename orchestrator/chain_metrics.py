@@ -1,0 +1,15 @@
+"""What Prometheus sees of the chain."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+STEP_SECONDS = Histogram("stagecraft_step_seconds", "One step of a lane through all stages", buckets=_BUCKETS)
+HOP_SECONDS = Histogram("stagecraft_hop_seconds", "One event to a stage and its reply", ["stage"], buckets=_BUCKETS)
+HOP_BYTES = Counter("stagecraft_hop_bytes_total", "Bytes of step data sent to a stage", ["stage"])
+TOKENS = Counter("stagecraft_tokens_sampled_total", "Tokens that the last stage has sampled")
+REPLAYS = Counter("stagecraft_replays_total", "Times that a stage held less of a sequence than was thought")
+WAITING = Gauge("stagecraft_sequences_waiting", "Sequences that wait for a lane")
+RUNNING = Gauge("stagecraft_sequences_running", "Sequences in a lane", ["lane"])

@@ -1,0 +1,94 @@
+"""What a lane sends next and what its answers mean. No I/O and no clock.
+
+A sequence keeps its whole history (prompt and answer). `cached` says how much of it the stages hold, so one rule covers
+prefill, decode and replay: send what is not cached yet, and ask for a sample when that reaches the end of the history.
+Losing a cache is setting `cached` back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from functions.contract.messages import Opening, Sampled, Slice, Step
+from orchestrator.generation import FinishReason, GenerationRequest, Token
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One generation on its way. `history` is prompt and answer so far."""
+
+    id: int
+    request: GenerationRequest
+    history: list[int] = field(default_factory=list)
+    cached: int = 0
+    failures: int = 0  # steps in a row without progress
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.history = list(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.history) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the stages have yet to see."""
+        return len(self.history) - self.cached
+
+    @property
+    def decoding(self) -> bool:
+        return self.pending == 1 and self.generated > 0
+
+    def take_back(self, position: int) -> None:
+        """The stages hold only `position` tokens (or fewer than was thought): the rest is sent again."""
+        self.cached = min(self.cached, position)
+
+    def accept(self, sampled: Sampled) -> Token:
+        """Appends the sampled token and says whether it ends the sequence."""
+        self.history.append(sampled.token)
+        return Token(sampled.token, sampled.logprob, sampled.top, self._finish(sampled.token))
+
+    def _finish(self, token: int) -> FinishReason | None:
+        if token in self.request.stop_ids:
+            return "stop"
+        return "length" if self.generated >= self.request.max_tokens else None
+
+
+def next_step(sequences: Items[Sequence], tokens_max: int) -> Step:
+    """The next pass of a lane: every decoding sequence's one token, then prefill chunks, oldest first, until
+    `tokens_max` tokens are reached. At least one sequence gets a slice."""
+    chosen = [s for s in sequences if s.decoding][:tokens_max]
+    left = tokens_max - len(chosen)
+    slices = [Slice(s.id, s.cached, 1) for s in chosen]
+    for sequence in sequences:
+        if left <= 0:
+            break
+        if not sequence.decoding:
+            length = min(left, sequence.pending)
+            slices.append(Slice(sequence.id, sequence.cached, length, length == sequence.pending))
+            chosen.append(sequence)
+            left -= length
+    tokens = [t for s, piece in zip(chosen, slices, strict=True) for t in s.history[piece.start : piece.end]]
+    openings = {s.id: Opening(s.request.params, len(s.request.prompt)) for s in chosen if s.cached == 0}
+    return Step(tuple(slices), np.array(tokens, dtype=np.int32), None, openings)
+
+
+def progress(sequences: Items[Sequence], step: Step, samples: Items[Sampled]) -> list[tuple[Sequence, Token]]:
+    """Books an answered step: what is cached now, and the new tokens. Raises KeyError for an answer to another step."""
+    by_id = {s.id: s for s in sequences}
+    for piece in step.slices:
+        by_id[piece.sequence].cached = piece.end
+        by_id[piece.sequence].failures = 0
+    return [(by_id[sampled.sequence], by_id[sampled.sequence].accept(sampled)) for sampled in samples]
+
+
+def least_loaded(loads: Items[int], width: int) -> int | None:
+    """The lane a new sequence joins: the emptiest that is not full, so that lanes fill the pipeline before they pack.
+
+    `loads` are sequences per lane. None when all are full."""
+    index = min(range(len(loads)), key=loads.__getitem__)
+    return index if loads[index] < width else None

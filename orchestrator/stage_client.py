@@ -1,0 +1,85 @@
+"""Sends events to one stage and reads its replies: the orchestrator's only way to a stage.
+
+aiohttp is called directly, not through httpx: an event and its reply of 10 KB took 0.17 ms against a bare echo, with
+httpx's aiohttp transport 0.57 ms, with httpx's own 1.1 ms (2 CPU cores; `make bench` measures it again).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from collections.abc import Mapping
+
+import aiohttp
+
+from functions.contract import events
+from functions.contract.errors import InvalidEvent, StageError, StageFailure, from_json
+from functions.contract.events import Event
+from functions.contract.frames import Buffer
+from functions.contract.messages import StageInfo
+
+_SOURCE = f"/stagecraft/orchestrator/{uuid.uuid4().hex[:12]}"
+_counter = itertools.count(1)
+
+
+class StageUnreachable(Exception):
+    """No reply: refused, reset, timed out, or an answer that is not ours. Another try may succeed."""
+
+
+class StageClient:
+    """One stage at its service URL. Raises StageError for error events and StageUnreachable for everything else."""
+
+    def __init__(self, session: aiohttp.ClientSession, index: int, url: str, plan: str) -> None:
+        self.index = index
+        self.url = url
+        self._session = session
+        self._extensions = {"plan": plan, "stage": str(index)}
+
+    async def wake(self, timeout_s: float) -> StageInfo:
+        """Asks the stage who it is; the answer comes once its weights are loaded."""
+        reply = await self._send(events.WAKE, events.JSON, b"{}", {}, self.url, timeout_s)
+        try:
+            data = json.loads(bytes(reply.data))
+            return StageInfo(**{**data, "blocks": tuple(data["blocks"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise StageUnreachable(f"stage {self.index} at {self.url} answered no stage info: {error}") from None
+
+    async def step(self, body: Buffer, lane: str, url: str | None, timeout_s: float) -> Event:
+        """One pass through the stage's blocks, at `url` (a replica) or else at the service."""
+        return await self._send(events.STEP, events.TENSORS, body, {"lane": lane}, url or self.url, timeout_s)
+
+    async def release(self, data: bytes, url: str | None, timeout_s: float) -> None:
+        await self._send(events.RELEASE, events.JSON, data, {}, url or self.url, timeout_s)
+
+    async def _send(
+        self, kind: str, content_type: str, data: Buffer, extra: Mapping[str, str], url: str, timeout_s: float
+    ) -> Event:
+        event = Event(kind, _SOURCE, str(next(_counter)), content_type, data, {**self._extensions, **extra})
+        headers, body = events.to_http(event)
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
+                content = await response.read()
+                return self._reply(response, content)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            reason = str(error) or type(error).__name__
+            raise StageUnreachable(f"stage {self.index} at {url} gave no reply: {reason}") from error
+
+    def _reply(self, response: aiohttp.ClientResponse, content: bytes) -> Event:
+        try:
+            reply = events.from_http_request(response.headers, content)
+        except InvalidEvent:
+            text = content[:200].decode(errors="replace")
+            raise StageUnreachable(f"stage {self.index} answered {response.status}, no event: {text}") from None
+        if reply.type == events.ERROR:
+            raise self._error(content)
+        if response.status != 200:
+            raise StageUnreachable(f"stage {self.index} answered {reply.type} with status {response.status}")
+        return reply
+
+    def _error(self, content: bytes) -> StageError:
+        try:
+            return from_json(json.loads(content))
+        except (ValueError, TypeError):
+            return StageFailure(f"stage {self.index} answered an error that cannot be read")
