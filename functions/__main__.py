@@ -1,70 +1,17 @@
-"""Serves the stage function: `python -m functions [--fd N]`, settings from STAGE_..., address from HOST and PORT.
-
-The same as `functions-framework --asgi`, with three additions: a listening socket may be inherited (no race for a free
-port), uvicorn runs in this very process (no second process that would import torch again), and a checkpoint that cannot
-be loaded ends the process with exit code 1 and the reason as the last line.
-"""
+"""`python -m functions [--fd N]`: one stage; settings from STAGE_..., address from HOST and PORT (default 8080)."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
 import sys
-from pathlib import Path
-from typing import Any
 
-import structlog
-import uvicorn
-from functions_framework.aio import create_asgi_app
-
-from functions.settings import SettingsError
-
-_LOOK_EVERY_S = 0.2
-_SOURCE = Path(__file__).parent / "main.py"
+from functions.server import serve
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m functions", description=__doc__)
     parser.add_argument("--fd", type=int, help="listening socket that was inherited")
-    fd = parser.parse_args().fd
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    try:
-        app = create_asgi_app("stage", str(_SOURCE), "http")
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return asyncio.run(_serve(app, fd))
-
-
-async def _serve(app: Any, fd: int | None) -> int:
-    address = {"fd": fd} if fd is not None else {"host": os.environ.get("HOST", "0.0.0.0"), "port": _port()}
-    # a stage is asked by few clients over few connections that it should never be the first to close
-    config = uvicorn.Config(app, **address, log_level="warning", access_log=False, timeout_keep_alive=3600)
-    server = uvicorn.Server(config)
-    watch = asyncio.create_task(_stop_on_failure(server))
-    await server.serve()
-    watch.cancel()
-    failure = _service().failure
-    if failure is not None:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if failure is not None else 0
-
-
-async def _stop_on_failure(server: uvicorn.Server) -> None:
-    while _service().failure is None:
-        await asyncio.sleep(_LOOK_EVERY_S)
-        if _service().ready:
-            return
-    server.should_exit = True
-
-
-def _service() -> Any:
-    return sys.modules["main"].service  # Functions Framework files the source under its stem
-
-
-def _port() -> int:
-    return int(os.environ.get("PORT", "8080"))
+    return serve(parser.parse_args().fd)
 
 
 if __name__ == "__main__":

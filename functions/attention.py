@@ -26,6 +26,10 @@ PACKED = "stagecraft_packed"
 _current: ContextVar[PackedCache] = ContextVar("packed_cache")
 
 
+class Unpackable(Exception):
+    """The model does not attend in the way that packing needs."""
+
+
 class PackedCache(Cache):  # type: ignore[misc]  # Transformers has no types
     """The caches of the sequences in one forward pass, in the order of their rows."""
 
@@ -33,8 +37,9 @@ class PackedCache(Cache):  # type: ignore[misc]  # Transformers has no types
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.sequences = sequences
         self.lengths = list(lengths)
-        self.attended = 0  # attention calls so far; tells whether a model uses the interface at all
+        self.windows: list[int | None] = []  # sliding window of each attention call so far
         self._now: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._given: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __enter__(self) -> PackedCache:
         self._token = _current.set(self)
@@ -52,11 +57,20 @@ class PackedCache(Cache):  # type: ignore[misc]  # Transformers has no types
             (file_rows(s.keys, layer_idx, s, k), file_rows(s.values, layer_idx, s, v))
             for s, k, v in zip(self.sequences, keys, values, strict=True)
         ]
+        self._given = key_states, value_states
         return key_states, value_states
 
-    def take(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per sequence (keys, values) [kv heads, all tokens, size] of the block just filed."""
-        self.attended += 1
+    def take(
+        self, key: torch.Tensor, value: torch.Tensor, window: int | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per sequence (keys, values) [kv heads, all tokens, size] of the block just filed.
+
+        Raises Unpackable unless `key` and `value` are what `update` returned: a model that caches something else than
+        it attends over (compressed latents) would need its own unfolding of what is filed."""
+        if self._given is None or key is not self._given[0] or value is not self._given[1]:
+            raise Unpackable("keys and values are changed between the cache and attention")
+        self._given = None
+        self.windows.append(window)
         return self._now
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -82,7 +96,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     pieces = torch.split(query[0], cache.lengths, 1)
     rows = []
-    for piece, (keys, values) in zip(pieces, cache.take(), strict=True):
+    for piece, (keys, values) in zip(pieces, cache.take(key, value, sliding_window), strict=True):
         if softcap is None and s_aux is None:
             rows.append(_fused(piece, keys, values, scale, sliding_window))
         else:

@@ -15,7 +15,7 @@ import structlog
 import torch
 from transformers import DynamicCache
 
-from functions.attention import PACKED, PackedCache
+from functions.attention import PACKED, PackedCache, Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
 from functions.contract.errors import WrongPosition
 from functions.contract.messages import Opening, Slice
@@ -24,9 +24,6 @@ from functions.contract.spans import BlockSpan
 from functions.kv_cache import Sequence
 from functions.span_model import SpanModel, load_span
 
-# Architectures whose attention calls the interface but needs more than it is given. Each was found by comparing with
-# the whole model (tests/functions/test_architectures.py).
-NOT_PACKABLE = frozenset({"diffllama", "jetmoe"})
 _PROBE = (3, 2)  # lengths of the two sequences that the self-check runs
 
 log = structlog.get_logger()
@@ -49,17 +46,11 @@ class Runner(Protocol):
 
 def load_runner(checkpoint: Checkpoint, span: BlockSpan, dtype: torch.dtype, device: torch.device) -> Runner:
     """Loads the span and checks it by a short run. Raises CheckpointError."""
-    if checkpoint.config.get("model_type") not in NOT_PACKABLE:
-        try:
-            return PackedRunner(load_span(checkpoint, span, dtype, device, PACKED))
-        except (Unpackable, CheckpointError) as error:
-            # a checkpoint that is really broken fails below once more, with its own message
-            log.info("one_sequence_at_a_time", reason=str(error), model_type=checkpoint.config.get("model_type"))
+    try:
+        return PackedRunner(load_span(checkpoint, span, dtype, device, PACKED))
+    except Unpackable as error:
+        log.info("one_sequence_at_a_time", reason=str(error), model_type=checkpoint.config.get("model_type"))
     return SequentialRunner(load_span(checkpoint, span, dtype, device))
-
-
-class Unpackable(Exception):
-    """The model does not attend through the interface that packing needs."""
 
 
 class PackedRunner:
@@ -77,7 +68,7 @@ class PackedRunner:
         rows = torch.from_numpy(ends[[s.sample for s in slices]]).to(self.model.device)
         with PackedCache(sequences, [s.length for s in slices]) as cache:
             result = self.model.forward(tokens, hidden, torch.from_numpy(positions).to(self.model.device), cache, rows)
-        self._attended = cache.attended
+        self._windows = cache.windows
         return result
 
     def _self_check(self) -> int:
@@ -90,9 +81,19 @@ class PackedRunner:
         except Exception as error:
             raise Unpackable(f"{type(error).__name__}: {error}") from error
         buffers = [b for b in (*sequences[0].keys, *sequences[0].values) if b is not None]
-        if self._attended != blocks or len(buffers) != 2 * blocks:
-            raise Unpackable(f"{self._attended} of {blocks} blocks attend through Transformers' interface")
+        if len(self._windows) != blocks or len(buffers) != 2 * blocks:
+            raise Unpackable(f"{len(self._windows)} of {blocks} blocks attend through Transformers' interface")
+        self._check_windows()
         return sum(b[:, :1].numel() * b.element_size() for b in buffers)
+
+    def _check_windows(self) -> None:
+        """A model may express a local attention by its masks alone, which packing ignores. Raises Unpackable."""
+        config = self.model.config
+        local = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        kinds = getattr(config, "layer_types", None) or [local] * len(self._windows)
+        for kind, window in zip(kinds, self._windows, strict=True):
+            if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and window is None):
+                raise Unpackable(f"a block of type {kind} does not tell its window to the attention function")
 
 
 class SequentialRunner:
@@ -136,10 +137,23 @@ class SequentialRunner:
         )
 
     def _self_check(self) -> int:
+        """Runs a short sequence; returns the bytes of its cache per token. Raises CheckpointError where the model keeps
+        its state in no cache that could be followed: its answers would be wrong."""
         length = 16
         sequence = _blank(0, 0)
-        self.run([sequence], [Slice(1, 0, length)], *_probe_input(self.model, length))
+        try:
+            self.run([sequence], [Slice(1, 0, length)], *_probe_input(self.model, length))
+        except Exception as error:
+            raise CheckpointError(
+                f"blocks {self.model.span} of this architecture cannot run by themselves "
+                f"({type(error).__name__}: {error}); try other cuts, or 1 stage"
+            ) from error
         held = {id(t): t for layer in sequence.cache.layers for t in vars(layer).values() if torch.is_tensor(t)}
+        if len(sequence.cache.layers) < len(self.model.span) or not held:
+            raise CheckpointError(
+                f"{self.model.config.model_type}: the state of this architecture is not in Transformers' cache class; "
+                "it is not supported"
+            )
         return max(1, sum(t.numel() * t.element_size() for t in held.values()) // length)
 
 

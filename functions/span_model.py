@@ -1,9 +1,9 @@
 """The part of a Transformers model that one stage runs, cut out with no code per architecture.
 
-The whole model is built on the meta device (no memory), its list of blocks is cut to the span, and modules that only
-the first or the last stage needs are taken out elsewhere. Two hooks do the rest: one replaces what reaches the first
-block by the hidden states that came in, one keeps what leaves the last block. Whatever a model does before its blocks
-(scale embeddings, add learned positions) or after them is thereby skipped where it does not belong.
+The whole model is built on the meta device (no memory), its list of blocks is cut to the span, and the embeddings and
+the head are taken out where they do not belong. Two hooks do the rest: one replaces what reaches the first block by the
+hidden states that came in, one keeps what leaves the last block. Whatever a model does before its blocks (scale
+embeddings, add learned positions) or after them thereby has no effect in the other stages.
 
     first stage   input_ids -> [embedding ... blocks] -> hidden
     middle        hidden -> [blocks] -> hidden
@@ -12,7 +12,6 @@ block by the hidden states that came in, one keeps what leaves the last block. W
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,16 +19,19 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from functions.attention import Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
 from functions.contract.spans import BlockSpan
 from functions.weights import load_weights
 
-# names of what comes before and after the blocks; anything else outside them is kept in every stage
-_BEFORE = re.compile(r"embed|(^|[._])emb([._]|$)|wte|wpe|project_in", re.IGNORECASE)
-_AFTER = re.compile(r"norm|ln_f|final|project_out|lm_head|embed_out|^head$|output", re.IGNORECASE)
+# settings of architectures whose later blocks need more than the hidden states of the one before
+_ENTANGLED = {
+    "hidden_size_per_layer_input": "feeds token embeddings into every block",
+    "num_kv_shared_layers": "shares keys and values between blocks",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,34 +45,28 @@ class Ends:
     def whole(self) -> bool:
         return self.first and self.last
 
-    def takes(self, name: str) -> bool:
-        """Whether a module or tensor outside the blocks belongs here. An output embedding counts as after."""
-        if "embed_out" in name or not _BEFORE.search(name):
-            return self.last or not _AFTER.search(name)
-        return self.first
-
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A model cut to a span. `tied_head_name` is set where the head has to take the embedding's matrix."""
+    """A model cut to a span. `base` is the module that owns the blocks.
+
+    `elsewhere` are the weights that this stage leaves to others; `tied_head` is (name in the checkpoint, name here)
+    where the head has to take the matrix of an embedding that is elsewhere."""
 
     model: Any
+    base: nn.Module
     blocks: nn.ModuleList
     span: BlockSpan
     ends: Ends
-    embedding_name: str
-    tied_head_name: str | None
+    elsewhere: frozenset[str]
+    tied_head: tuple[str, str] | None
 
 
 class _Absent(nn.Module):
-    """Stands where another stage's module was: adds nothing if it was an embedding, else passes its input on."""
-
-    def __init__(self, was_embedding: bool) -> None:
-        super().__init__()
-        self._was_embedding = was_embedding
+    """Stands where an embedding or the head of another stage was: what it would add or compute is never used."""
 
     def forward(self, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros((), device=value.device) if self._was_embedding else value
+        return torch.zeros((), device=value.device)
 
 
 class SpanModel:
@@ -83,6 +79,7 @@ class SpanModel:
         self.dtype = dtype
         self.config: PreTrainedConfig = cut.model.config.get_text_config()
         self._model = cut.model
+        self._base = cut.base
         self._incoming: torch.Tensor | None = None
         self._outgoing: torch.Tensor | None = None
         if not cut.ends.first:
@@ -117,7 +114,7 @@ class SpanModel:
         `cache` files keys and values (see functions.kv_cache)."""
         self._incoming = None if hidden is None else hidden[None]
         inputs = {"input_ids": tokens[None]} if hidden is None else {"inputs_embeds": hidden[None]}
-        run = self._model if self.ends.last and rows.numel() else self._model.base_model
+        run = self._model if self.ends.last and rows.numel() else self._base
         extra = {"logits_to_keep": rows} if run is self._model else {}
         try:
             output = run(**inputs, **extra, position_ids=positions[None], past_key_values=cache, use_cache=True)
@@ -155,38 +152,66 @@ def load_span(
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    """The whole model on the meta device: shapes, no memory."""
+    """The whole model on the meta device: shapes, no memory. Raises CheckpointError, or Unpackable if it may be only
+    the attention function that the model does not take."""
     settings = dict(checkpoint.config)
     try:
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(PreTrainedConfig._decode_special_floats(settings))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (KeyError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # whatever a strange configuration makes the architecture's code do
+        if attention is not None:
+            raise Unpackable(f"{type(error).__name__}: {error}") from error
         raise CheckpointError(
-            f"{checkpoint.location}/config.json does not describe a decoder-only model that Transformers knows: {error}"
+            f"{checkpoint.location}/config.json does not describe a decoder-only model that Transformers can build "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
 def _cut(model: Any, checkpoint: Checkpoint, span: BlockSpan) -> Cut:
     total = checkpoint.block_count
     ends = Ends(first=span.start == 0, last=span.end == total)
-    owner, name, blocks = _find_blocks(model.base_model, total)
+    base, name, blocks = _find_blocks(model, total)
     kept = nn.ModuleList(list(blocks)[span.start : span.end])
-    setattr(owner, name, kept)
+    setattr(base, name, kept)
     for index, block in enumerate(kept):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index  # type: ignore[assignment]  # a plain number, whatever torch's types say
+    _check_separable(model.config.get_text_config(), ends, checkpoint)
     _cut_config(model.config.get_text_config(), span, total)
-    embedding_name = _name_of(model, model.get_input_embeddings())
-    head_name = _name_of(model, model.get_output_embeddings())
-    tied = ends.last and not ends.first and _head_is_tied(model, checkpoint, head_name)
-    for parent, child_name in list(_ends_of(model, kept)):
-        child = getattr(parent, child_name)
-        if not ends.takes(child_name):
-            was_embedding = isinstance(child, nn.Embedding) or "embed" in type(child).__name__.lower()
-            setattr(parent, child_name, _Absent(was_embedding))
-    return Cut(model, kept, span, ends, f"{embedding_name}.weight", f"{head_name}.weight" if tied else None)
+    head, embedding = _name_of(model, model.get_output_embeddings()), _name_of(model, model.get_input_embeddings())
+    tied = ends.last and not ends.first and _head_is_tied(model, checkpoint, head)
+    elsewhere = {} if ends.first else _embeddings(model, kept)
+    if not ends.last:
+        elsewhere[head] = model.get_output_embeddings()
+    for path in elsewhere:
+        owner, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, _Absent())
+    return Cut(
+        model, base, kept, span, ends,
+        elsewhere=frozenset(f"{path}.{weight}" for path, m in elsewhere.items() for weight, _ in m.named_parameters()),
+        tied_head=(f"{embedding}.weight", f"{head}.weight") if tied else None,
+    )  # fmt: skip
+
+
+def _check_separable(config: PreTrainedConfig, ends: Ends, checkpoint: Checkpoint) -> None:
+    for key, what in _ENTANGLED.items():
+        if getattr(config, key, None) and not ends.whole:
+            raise CheckpointError(
+                f"{checkpoint.location}: this architecture {what} ({key} in config.json), so its blocks cannot be "
+                "served in separate stages; use 1 stage"
+            )
+
+
+def _embeddings(model: nn.Module, blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    """Every embedding outside the blocks (of tokens, of positions) by its path."""
+    inside = {id(module) for module in blocks.modules()}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and id(module) not in inside
+    }
 
 
 def _find_blocks(base: nn.Module, total: int) -> tuple[nn.Module, str, nn.ModuleList]:
@@ -205,15 +230,6 @@ def _cut_config(config: PreTrainedConfig, span: BlockSpan, total: int) -> None:
     for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if key in vars(config):
             object.__setattr__(config, key, len(span))
-
-
-def _ends_of(model: nn.Module, blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name) of every module with weights that stands beside the blocks or above them."""
-    above = [m for m in model.modules() if m is not blocks and any(sub is blocks for sub in m.modules())]
-    for parent in above:
-        for name, child in parent.named_children():
-            if child is not blocks and child not in above and any(True for _ in child.parameters()):
-                yield parent, name
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:

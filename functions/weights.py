@@ -71,17 +71,22 @@ def load_weights(cut: Cut, checkpoint: Checkpoint, dtype: torch.dtype, device: t
 
 
 def _wanted(cut: Cut, checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
-    """(name for the cut model, tensor): the span's blocks renumbered from 0, and the ends where they belong."""
+    """(name for the cut model, tensor): the span's blocks renumbered from 0, and what stands beside the blocks."""
     for name, info in checkpoint.tensors.items():
         block = info.block
         if block is not None:
             if block in cut.span:
                 yield _renumbered(name, block, block - cut.span.start), info
-        elif cut.ends.takes(name):
-            yield name, info
-        elif cut.tied_head_name and name.split(".")[-2:] == cut.embedding_name.split(".")[-2:]:
+        elif cut.tied_head and _same(name, cut.tied_head[0]):
             # a last stage without the embedding still needs its matrix, as the head
-            yield cut.tied_head_name, info
+            yield cut.tied_head[1], info
+        elif not any(_same(name, other) for other in cut.elsewhere):
+            yield name, info
+
+
+def _same(checkpoint_name: str, model_name: str) -> bool:
+    """Whether both name one weight: checkpoints may leave out the outer modules' names."""
+    return f".{model_name}".endswith(f".{checkpoint_name}") or f".{checkpoint_name}".endswith(f".{model_name}")
 
 
 def _renumbered(name: str, old: int, new: int) -> str:

@@ -1,0 +1,66 @@
+"""Serves the stage function in this process, by uvicorn, until SIGTERM.
+
+The same as `functions-framework --asgi`, with three additions: a listening socket may be inherited (no race for a free
+port), no second process is started (it would import torch again), and a checkpoint that cannot be loaded ends the
+process with exit code 1 and the reason as the last line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+from functions_framework.aio import create_asgi_app
+
+from functions.settings import SettingsError
+
+_LOOK_EVERY_S = 0.1
+_SOURCE = Path(__file__).parent / "main.py"
+
+
+def serve(fd: int | None = None) -> int:
+    """Serves on the inherited socket `fd`, else on HOST and PORT. Returns the exit code."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        app = create_asgi_app("stage", str(_SOURCE), "http")
+        address = {"fd": fd} if fd is not None else {"host": os.environ.get("HOST", "0.0.0.0"), "port": _port()}
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # a stage is asked by few clients over few connections that it should never be the first to close
+    config = uvicorn.Config(app, **address, log_level="warning", access_log=False, timeout_keep_alive=3600)
+    return asyncio.run(_serve(uvicorn.Server(config)))
+
+
+async def _serve(server: uvicorn.Server) -> int:
+    watch = asyncio.create_task(_stop_on_failure(server))
+    await server.serve()
+    watch.cancel()
+    failure = _service().failure
+    if failure is not None:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failure is not None else 0
+
+
+async def _stop_on_failure(server: uvicorn.Server) -> None:
+    while _service().failure is None:
+        await asyncio.sleep(_LOOK_EVERY_S)
+        if _service().ready:
+            return
+    server.should_exit = True
+
+
+def _service() -> Any:
+    return sys.modules["main"].service  # Functions Framework files the source under its stem
+
+
+def _port() -> int:
+    text = os.environ.get("PORT", "8080")
+    if not text.isdecimal() or int(text) > 65535:
+        raise SettingsError(f"PORT must be a port number, got {text!r}")
+    return int(text)
