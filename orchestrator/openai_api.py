@@ -1,0 +1,201 @@
+"""The OpenAI endpoints below /openai/v1: models, completions, chat/completions.
+
+An application of its own, mounted into KServe's: so every error below the prefix has OpenAI's shape, unknown paths and
+methods too. (KServe's own OpenAI routes need vLLM installed.)
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, cast
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from orchestrator.choices import Piece, Service, as_generation_error, collect
+from orchestrator.generation import GenerationError
+from orchestrator.openai_replies import (
+    DONE,
+    ChatReplies,
+    CompletionReplies,
+    error_body,
+    error_event,
+    event,
+    model_card,
+    to_json,
+)
+from orchestrator.openai_requests import (
+    ChatRequest,
+    CompletionRequest,
+    Work,
+    chat_work,
+    completion_work,
+    invalid,
+    parse_json,
+    parse_request,
+)
+
+PREFIX = "/openai/v1"
+SEED_HEADER = "x-stagecraft-seed"
+REQUEST_ID_HEADER = "x-request-id"
+
+Replies = CompletionReplies | ChatReplies
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events made from `pieces`, which are closed whatever becomes of the connection."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], pieces: AsyncGenerator[Piece, None], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(events, headers={**headers, "cache-control": "no-store"}, media_type="text/event-stream")
+        self._events = events
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._pieces.aclose()
+
+
+def openai_app(service: Service) -> Starlette:
+    """The application to mount at PREFIX."""
+    endpoints = _Endpoints(service)
+    return Starlette(
+        routes=[
+            Route("/models", _told(endpoints.models)),
+            Route("/models/{model:path}", _told(endpoints.model)),
+            Route("/completions", _told(endpoints.completions), methods=["POST"]),
+            Route("/chat/completions", _told(endpoints.chat), methods=["POST"]),
+        ],
+        exception_handlers={HTTPException: _on_http_error},
+    )
+
+
+def error_response(error: GenerationError) -> JSONResponse:
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    return JSONResponse(error_body(error), error.status, headers)
+
+
+class _Endpoints:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._created_s = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        card = model_card(self._service.name, self._created_s)
+        return JSONResponse({"object": "list", "data": [card.model_dump(exclude_unset=True)]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["model"])
+        return Response(to_json(model_card(self._service.name, self._created_s)), media_type="application/json")
+
+    async def completions(self, request: Request) -> Response:
+        parsed = parse_request(CompletionRequest, await self._body(request))
+        self._check_model(parsed.model)
+        work = completion_work(self._service, parsed)
+        replies = CompletionReplies(parsed, work, self._service.tokenizer, f"cmpl-{uuid.uuid4().hex}", _now_s())
+        return await self._answer(request, replies, "completions", parsed.stream, parsed.include_usage)
+
+    async def chat(self, request: Request) -> Response:
+        parsed = parse_request(ChatRequest, await self._body(request))
+        self._check_model(parsed.model)
+        work = chat_work(self._service, parsed)
+        replies = ChatReplies(parsed, work, self._service.tokenizer, f"chatcmpl-{uuid.uuid4().hex}", _now_s())
+        return await self._answer(request, replies, "chat", parsed.stream, parsed.include_usage)
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise GenerationError(
+                f"the body must be application/json, got {kind!r}", status=415, code="unsupported_media_type"
+            )
+        return parse_json(await request.body())
+
+    def _check_model(self, name: str) -> None:
+        if name != self._service.name:
+            raise GenerationError(
+                f"the model {name!r} does not exist here; this server serves {self._service.name!r}",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+
+    async def _answer(
+        self, request: Request, replies: Replies, endpoint: str, stream: bool, include_usage: bool
+    ) -> Response:
+        work = replies.work
+        request_id = request.headers.get(REQUEST_ID_HEADER) or replies.id
+        headers = {SEED_HEADER: str(work.seed), REQUEST_ID_HEADER: request_id}
+        pieces = self._pieces(work, endpoint, request_id)
+        if not stream:
+            answers = await collect(pieces, len(work.choices))
+            return Response(to_json(replies.whole(answers)), headers=headers, media_type="application/json")
+        # errors before the first token still get their own status
+        first = await anext(pieces)
+        return EventStream(_events(first, pieces, replies, include_usage), pieces, headers)
+
+    def _pieces(self, work: Work, endpoint: str, request_id: str) -> AsyncGenerator[Piece, None]:
+        return self._service.generate(
+            work.choices, endpoint=endpoint, request_id=request_id, prompt_tokens=work.prompt_tokens
+        )
+
+
+def _now_s() -> int:
+    return int(time.time())
+
+
+async def _events(
+    first: Piece, pieces: AsyncGenerator[Piece, None], replies: Replies, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events. An error midway is an event, and the stream ends without [DONE]."""
+    count = 1
+    async with aclosing(pieces):
+        try:
+            for chunk in replies.chunks(first):
+                yield event(chunk)
+            async for piece in pieces:
+                count += 1
+                for chunk in replies.chunks(piece):
+                    yield event(chunk)
+        except Exception as error:
+            yield error_event(as_generation_error(error))
+            return
+        if include_usage:
+            yield event(replies.usage(count))
+        yield DONE
+
+
+def _told(endpoint: Endpoint) -> Endpoint:
+    """Whatever an endpoint raises becomes an error reply."""
+
+    async def call(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except Exception as error:
+            return error_response(as_generation_error(error))
+
+    return call
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    status = cast(HTTPException, error).status_code
+    path = f"{request.method} {request.url.path}"
+    if status == 404:
+        known = f"{PREFIX}/models, {PREFIX}/completions, {PREFIX}/chat/completions"
+        return error_response(GenerationError(f"unknown path: {path}; known are {known}", status=404, code="not_found"))
+    if status == 405:
+        return error_response(
+            GenerationError(f"{path}: the method is not allowed here", status=405, code="method_not_allowed")
+        )
+    return error_response(invalid(cast(HTTPException, error).detail))

@@ -1,0 +1,253 @@
+"""The orchestrator's process: `python -m orchestrator.server`. Settings are ORCHESTRATOR_* variables or flags.
+
+Exit codes: 0 after SIGTERM or SIGINT, 1 when the stages could not be started, 2 for bad settings or a bad checkpoint,
+3 when a port is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from functions.contract.checkpoint import CheckpointError
+from orchestrator.choices import Service
+from orchestrator.generation import GenerationError
+from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
+from orchestrator.tokenizer import TokenizerError, load_tokenizer
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_log = structlog.get_logger("orchestrator")
+
+Hook = Callable[[], Awaitable[None]]
+
+
+class PortTaken(Exception):
+    """Another process listens there; the message names the port and the setting."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a hook left behind for the exit code."""
+
+    failure: Exception | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The whole life of the process; returns its exit code."""
+    try:
+        settings = load_settings(os.environ, **_flags(sys.argv[1:] if arguments is None else arguments))
+        configure_logs(as_json=not sys.stderr.isatty() if settings.log_json is None else settings.log_json)
+        tokenizer = load_tokenizer(settings.model)
+        # after the settings, so that a misspelt one is told at once
+        from orchestrator.chain import Chain, ChainSettings
+
+        chain = Chain(settings.plan, settings.stage_urls, ChainSettings())
+        service = Service(
+            chain,
+            tokenizer,
+            name=settings.model_name,
+            requests_max=settings.requests_max,
+            choices_max=settings.choices_max,
+        )
+        return serve(service, settings, start=chain.start, close=chain.close)
+    except (SettingsError, TokenizerError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def serve(
+    service: Service, settings: OrchestratorSettings, *, start: Hook | None = None, close: Hook | None = None
+) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code.
+
+    `start` runs beside the server, which answers 503 until `service.generator.ready`; `close` runs at the end."""
+    try:
+        check_ports(settings)
+    except PortTaken as error:
+        print(error, file=sys.stderr)
+        return 3
+    outcome = Outcome()
+    with bare_argv():
+        import kserve
+        from kserve.model_server import app
+
+        from orchestrator.kserve_model import StagedModel
+
+    prepare_app(app, service, body_bytes_max=settings.body_bytes_max)
+    app.router.lifespan_context = _lifespan(start, close, outcome)
+
+    class Server(kserve.ModelServer):  # type: ignore[misc]
+        async def _serve(self) -> None:
+            # KServe has no argument for the address
+            self._rest_server.config.host = settings.host
+            await super()._serve()
+
+    server = Server(
+        http_port=settings.http_port,
+        grpc_port=settings.grpc_port,
+        enable_grpc=settings.grpc_port != 0,
+        workers=1,
+        enable_latency_logging=False,
+        grace_period=settings.grace_s,
+    )
+    quieten_kserve()
+    server.register_model(StagedModel(service))
+    _log.info("serving", model=service.name, http_port=settings.http_port, grpc_port=settings.grpc_port)
+    # an empty list: KServe would refuse to serve a model that is not ready yet
+    server.start([])
+    if outcome.failure is not None:
+        print(f"the stages could not be started: {outcome.failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def prepare_app(app: FastAPI, service: Service, *, body_bytes_max: int) -> None:
+    """Adds our routes, errors and limits to KServe's application, which adds its own routes after them."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+
+    from orchestrator.generate_api import generate_routes
+    from orchestrator.http_guard import HttpGuard
+    from orchestrator.openai_api import PREFIX as OPENAI_PREFIX
+    from orchestrator.openai_api import openai_app
+    from orchestrator.openai_replies import error_body
+
+    async def on_generation_error(request: Any, error: Any) -> JSONResponse:
+        headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+        return JSONResponse({"error": str(error)}, error.status, headers)
+
+    async def on_http_error(request: Any, error: Any) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+    async def on_invalid_body(request: Any, error: Any) -> JSONResponse:
+        return JSONResponse({"error": _first_complaint(error)}, 400)
+
+    def body_for(path: str, error: GenerationError) -> dict[str, Any]:
+        return error_body(error) if path.startswith(OPENAI_PREFIX) else {"error": str(error)}
+
+    app.mount(OPENAI_PREFIX, openai_app(service))
+    app.router.routes.extend(generate_routes(service))
+    app.add_exception_handler(GenerationError, on_generation_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_body)
+    app.add_middleware(HttpGuard, body_bytes_max=body_bytes_max, error_body=body_for)
+
+
+def check_ports(settings: OrchestratorSettings) -> None:
+    """Raises PortTaken. KServe itself would end with a trace, or serve REST without gRPC."""
+    for name, host, port in (("http_port", settings.host, settings.http_port), ("grpc_port", "::", settings.grpc_port)):
+        if port and not _free(host, port):
+            raise PortTaken(
+                f"port {port} is taken by another process or not allowed; choose another with "
+                f"{PREFIX}{name.upper()} or --{name.replace('_', '-')}"
+            )
+
+
+@contextmanager
+def bare_argv() -> Iterator[None]:
+    """KServe parses sys.argv while it is imported and would take, or refuse, flags that are not its own."""
+    given, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
+def configure_logs(*, as_json: bool) -> None:
+    """Our log goes to stderr: JSON for machines, aligned columns in a terminal."""
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    processors: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
+    if as_json:
+        processors.append(structlog.processors.format_exc_info)
+    structlog.configure(
+        processors=[*processors, renderer], logger_factory=structlog.PrintLoggerFactory(file=sys.stderr)
+    )
+
+
+def quieten_kserve() -> None:
+    """One line a request is enough (ours). KServe writes four, and a trace for each mistake of a client."""
+    for name in ("kserve", "kserve.trace", "uvicorn", "uvicorn.error", "uvicorn.access"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("kserve").addFilter(_is_our_fault)
+    warnings.filterwarnings("ignore", message="ORJSONResponse is deprecated")
+
+
+def _is_our_fault(record: logging.LogRecord) -> bool:
+    from grpc_interceptor.exceptions import GrpcException
+    from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady
+
+    expected = (GenerationError, GrpcException, InvalidInput, ModelNotFound, ModelNotReady, NotImplementedError)
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, expected)
+
+
+def _lifespan(start: Hook | None, close: Hook | None, outcome: Outcome) -> Any:
+    async def started() -> None:
+        try:
+            if start is not None:
+                await start()
+        except Exception as error:
+            # the process is of no use without its stages; SIGTERM is the ordinary way out
+            outcome.failure = error
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        starting = asyncio.create_task(started())
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            if close is not None:
+                await close()
+
+    return lifespan
+
+
+def _free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # as the servers do: a port in TIME_WAIT is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError:
+        return False
+    return True
+
+
+def _flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """Every setting as a flag; only those given are returned."""
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.server", description=__doc__, argument_default=argparse.SUPPRESS
+    )
+    for name, field in OrchestratorSettings.model_fields.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description} ({PREFIX}{name.upper()})")
+    return vars(parser.parse_args(arguments))
+
+
+def _first_complaint(error: Any) -> str:
+    """FastAPI lists every branch of a union; the first of them names what is wrong."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "InferenceRequest"))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Settings of the orchestrator process, from ORCHESTRATOR_* variables and flags; read once, in `main`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "ORCHESTRATOR_"
+
+
+class SettingsError(Exception):
+    """A setting is missing, misspelt or out of range; the message names it and what is allowed."""
+
+
+class OrchestratorSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(description="checkpoint (folder or URL) that tokenizer and configuration are read from")
+    model_name: str = Field(min_length=1, description="name that clients give as `model`")
+    stage_urls: Annotated[tuple[str, ...], NoDecode] = Field(description="URLs of the stages, in order, by comma")
+    plan: str = Field(description="digest of the plan that the stages belong to")
+    host: str = Field("0.0.0.0", description="address of the HTTP port (KServe's gRPC port is on all addresses)")
+    http_port: int = Field(8080, ge=1, le=65535, description="port of REST and OpenAI endpoints")
+    grpc_port: int = Field(8081, ge=0, le=65535, description="port of KServe's gRPC service, 0 for none")
+    body_bytes_max: int = Field(8 << 20, gt=0, description="longest request body")
+    requests_max: int = Field(256, gt=0, description="requests in work or waiting at once; more get 429")
+    choices_max: int = Field(128, gt=0, description="sequences that one request may ask for (prompts x n)")
+    grace_s: int = Field(25, ge=0, description="seconds that running requests get after SIGTERM")
+    log_json: bool | None = Field(None, description="logs as JSON; by default wherever stderr is no terminal")
+
+    @field_validator("stage_urls", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        parts = [part.strip().rstrip("/") for part in value.split(",")] if isinstance(value, str) else value
+        if not parts or not all(isinstance(p, str) and p.startswith(("http://", "https://")) for p in parts):
+            raise ValueError("must be http:// or https:// URLs with commas between them")
+        return tuple(parts)
+
+
+def load_settings(environment: Mapping[str, str], **given: Any) -> OrchestratorSettings:
+    """`given` (flags) goes before the environment. Raises SettingsError."""
+    _check_names(environment)
+    try:
+        return OrchestratorSettings(**given)
+    except ValidationError as error:
+        lines = [f"  {PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors() if e["loc"]]
+        raise SettingsError("the settings cannot be used:\n" + "\n".join(lines)) from None
+
+
+def _check_names(environment: Mapping[str, str]) -> None:
+    """pydantic-settings overlooks variables that it does not know, so a typing error would pass unseen."""
+    known = {PREFIX + name.upper() for name in OrchestratorSettings.model_fields}
+    for name in environment:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+            raise SettingsError(f"unknown setting {name}; {hint}")
