@@ -67,8 +67,7 @@ class StageService:
             )
 
     async def _woken(self, replica: str) -> bytes:
-        await asyncio.to_thread(self._loaded.wait)
-        stage = self._require()
+        stage = await self._when_loaded()
         info = StageInfo(
             model=self.settings.model_name,
             plan=self.settings.plan,
@@ -90,7 +89,7 @@ class StageService:
         return json.dumps(dataclasses.asdict(info)).encode()
 
     async def _step(self, event: Event, replica: str) -> Event:
-        stage = self._require()
+        stage = await self._when_loaded()
         if event.content_type != events.TENSORS:
             raise InvalidEvent(f"the data of a step is {events.TENSORS}, got {event.content_type!r}")
         step = Step.from_body(event.data)
@@ -118,7 +117,9 @@ class StageService:
 
     async def _release(self, event: Event) -> bytes:
         sequences = decode_release(event.data)
-        stage = self._require()
+        stage = self._stage
+        if stage is None:  # still loading: nothing is held
+            return b'{"released": []}'
 
         def release() -> list[int]:
             released = stage.kv.release(sequences)
@@ -130,9 +131,12 @@ class StageService:
     async def _in_turn(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._compute, work, *args)
 
-    def _require(self) -> Stage:
+    async def _when_loaded(self) -> Stage:
+        """Holds an event that comes early, as an activator would. Raises NotReady if loading fails."""
         if self._stage is None:
-            raise NotReady(self.failure or "the stage is still loading its weights")
+            await asyncio.to_thread(self._loaded.wait)
+        if self._stage is None:
+            raise NotReady(self.failure or "the stage has no weights")
         return self._stage
 
     def _load(self) -> None:

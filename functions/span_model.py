@@ -56,6 +56,7 @@ class Cut:
     model: Any
     base: nn.Module
     blocks: nn.ModuleList
+    embedding_size: int
     span: BlockSpan
     ends: Ends
     elsewhere: frozenset[str]
@@ -80,6 +81,7 @@ class SpanModel:
         self.config: PreTrainedConfig = cut.model.config.get_text_config()
         self._model = cut.model
         self._base = cut.base
+        self._embedding_size = cut.embedding_size
         self._incoming: torch.Tensor | None = None
         self._outgoing: torch.Tensor | None = None
         if not cut.ends.first:
@@ -113,7 +115,10 @@ class SpanModel:
         Returns hidden states [n, hidden size], or at the last stage the logits [m, vocabulary] of `rows`.
         `cache` files keys and values (see functions.kv_cache)."""
         self._incoming = None if hidden is None else hidden[None]
-        inputs = {"input_ids": tokens[None]} if hidden is None else {"inputs_embeds": hidden[None]}
+        if hidden is None:
+            inputs = {"input_ids": tokens[None]}
+        else:  # only its shape counts: the hook replaces what becomes of it
+            inputs = {"inputs_embeds": hidden.new_zeros(()).expand(1, len(tokens), self._embedding_size)}
         run = self._model if self.ends.last and rows.numel() else self._base
         extra = {"logits_to_keep": rows} if run is self._model else {}
         try:
@@ -180,6 +185,7 @@ def _cut(model: Any, checkpoint: Checkpoint, span: BlockSpan) -> Cut:
                 module.layer_idx = index  # type: ignore[assignment]  # a plain number, whatever torch's types say
     _check_separable(model.config.get_text_config(), ends, checkpoint)
     _cut_config(model.config.get_text_config(), span, total)
+    embedding_size = model.get_input_embeddings().embedding_dim
     head, embedding = _name_of(model, model.get_output_embeddings()), _name_of(model, model.get_input_embeddings())
     tied = ends.last and not ends.first and _head_is_tied(model, checkpoint, head)
     elsewhere = {} if ends.first else _embeddings(model, kept)
@@ -189,7 +195,7 @@ def _cut(model: Any, checkpoint: Checkpoint, span: BlockSpan) -> Cut:
         owner, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(owner), attribute, _Absent())
     return Cut(
-        model, base, kept, span, ends,
+        model, base, kept, embedding_size, span, ends,
         elsewhere=frozenset(f"{path}.{weight}" for path, m in elsewhere.items() for weight, _ in m.named_parameters()),
         tied_head=(f"{embedding}.weight", f"{head}.weight") if tied else None,
     )  # fmt: skip
