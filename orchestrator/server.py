@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -29,6 +29,8 @@ from orchestrator.tokenizer import TokenizerError, load_tokenizer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from orchestrator.chain import ChainSettings
 
 _log = structlog.get_logger("orchestrator")
 
@@ -53,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logs(as_json=not sys.stderr.isatty() if settings.log_json is None else settings.log_json)
         tokenizer = load_tokenizer(settings.model)
         # after the settings, so that a misspelt one is told at once
-        from orchestrator.chain import Chain, ChainSettings
+        from orchestrator.chain import Chain
 
-        chain = Chain(settings.plan, settings.stage_urls, ChainSettings())
+        chain = Chain(settings.plan, settings.stage_urls, _chain_settings(settings))
         service = Service(
             chain,
             tokenizer,
@@ -85,8 +87,10 @@ def serve(
         import kserve
         from kserve.model_server import app
 
+        from orchestrator.grpc_server import bound_to
         from orchestrator.kserve_model import StagedModel
 
+    kserve.model_server.GRPCServer = bound_to(settings.host, settings.body_bytes_max)
     prepare_app(app, service, body_bytes_max=settings.body_bytes_max)
     app.router.lifespan_context = _lifespan(start, close, outcome)
 
@@ -150,7 +154,10 @@ def prepare_app(app: FastAPI, service: Service, *, body_bytes_max: int) -> None:
 
 def check_ports(settings: OrchestratorSettings) -> None:
     """Raises PortTaken. KServe itself would end with a trace, or serve REST without gRPC."""
-    for name, host, port in (("http_port", settings.host, settings.http_port), ("grpc_port", "::", settings.grpc_port)):
+    for name, host, port in (
+        ("http_port", settings.host, settings.http_port),
+        ("grpc_port", settings.host, settings.grpc_port),
+    ):
         if port and not _free(host, port):
             raise PortTaken(
                 f"port {port} is taken by another process or not allowed; choose another with "
@@ -240,6 +247,12 @@ def _flags(arguments: Sequence[str]) -> dict[str, Any]:
     for name, field in OrchestratorSettings.model_fields.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{field.description} ({PREFIX}{name.upper()})")
     return vars(parser.parse_args(arguments))
+
+
+def _chain_settings(settings: OrchestratorSettings) -> ChainSettings:
+    from orchestrator.chain import ChainSettings
+
+    return ChainSettings(**{field.name: getattr(settings, field.name) for field in fields(ChainSettings)})
 
 
 def _first_complaint(error: Any) -> str:
