@@ -109,7 +109,9 @@ def open_file(location: str, file: str) -> IO[bytes]:
             return open(os.path.join(location, file), "rb", buffering=0)
         import fsspec
 
-        return cast(IO[bytes], fsspec.open(_join(location, file), "rb", cache_type="none").open())
+        filesystem, path = fsspec.core.url_to_fs(_join(location, file))
+        # without read-ahead: what is read are byte ranges far apart
+        return cast(IO[bytes], filesystem.open(path, "rb", cache_type="none"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{location} holds no {file}; a checkpoint is a folder in Hugging Face format "
