@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,20 @@ def serve(fd: int | None = None) -> int:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         app = create_asgi_app("stage", str(_SOURCE), "http")
-        address = {"fd": fd} if fd is not None else {"host": os.environ.get("HOST", "0.0.0.0"), "port": _port()}
+        host, port = os.environ.get("HOST", "0.0.0.0"), _port()
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # a stage is asked by few clients over few connections that it should never be the first to close
-    config = uvicorn.Config(app, **address, log_level="warning", access_log=False, timeout_keep_alive=3600)
-    return asyncio.run(_serve(uvicorn.Server(config)))
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=3600)
+    # given as a socket: from a number uvicorn makes a Unix one, and replies then wait for delayed acknowledgements
+    inherited = None if fd is None else [socket.socket(fileno=fd)]
+    return asyncio.run(_serve(uvicorn.Server(config), inherited))
 
 
-async def _serve(server: uvicorn.Server) -> int:
+async def _serve(server: uvicorn.Server, inherited: list[socket.socket] | None) -> int:
     watch = asyncio.create_task(_stop_on_failure(server))
-    await server.serve()
+    await server.serve(sockets=inherited)
     watch.cancel()
     failure = _service().failure
     if failure is not None:

@@ -102,7 +102,7 @@ class StagedModel(kserve.Model):  # type: ignore[misc]
         work = completion_work(self._service, parse_request(CompletionRequest, body))
         answers = await self._answers(work, "v2", request_id)
         outputs = [_output(name, answers) for name in wanted]
-        return kserve.InferResponse(request.id, self.name, outputs, from_grpc=request.from_grpc)
+        return kserve.InferResponse(request.id or request_id, self.name, outputs, from_grpc=request.from_grpc)
 
     async def _answers(self, work: Work, endpoint: str, request_id: str) -> list[Answer]:
         if len(work.choices) > self._service.choices_max:

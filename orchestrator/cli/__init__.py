@@ -1,0 +1,65 @@
+"""The command line, `stagecraft`. Commands import what they need when they run, so that help comes at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.generate import generate
+from orchestrator.cli.plan import plan
+from orchestrator.cli.up import up
+
+app = typer.Typer(
+    name="stagecraft",
+    help="Serve large language models in stages: each stage is a service that holds some of the blocks.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+app.command()(up)
+app.command()(plan)
+app.command()(generate)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(_version())
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(_version())
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Serve large language models in stages: each stage is a service that holds some of the blocks."""
+
+
+def main() -> None:
+    """Entry point of the `stagecraft` program."""
+    try:
+        app()
+    except BrokenPipeError:
+        # the reader of our output has gone (| head); nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _version() -> str:
+    try:
+        return f"stagecraft {installed_version('stagecraft')}"
+    except PackageNotFoundError:
+        return "stagecraft (not installed)"
