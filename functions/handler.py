@@ -25,6 +25,7 @@ class Handler:
         self._service = service
 
     async def __call__(self, request: Request) -> Response:
+        self._service.start()  # in this process, which need not be the one that imported the function
         if request.method == "POST":
             return await self._event(request)
         if request.method not in ("GET", "HEAD"):

@@ -1,6 +1,9 @@
-"""The function that Functions Framework serves: `functions-framework --asgi --source functions/main.py --target stage`.
+"""The function that Functions Framework serves.
 
-Loading starts when the framework reads this file, and goes on in the background while the port already answers.
+    functions-framework --asgi --source functions/main.py --target stage
+
+Loading starts with the first request (of any kind, a probe will do) and goes on in the background; `python -m
+functions` starts it at once.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from functions.contract.messages import Sampled
 from functions.contract.sampling import SamplingParams
 
 _MASK64 = (1 << 64) - 1
+_TEMPERATURE_MIN = 1e-5  # below, the quotient could overflow; only the likeliest has a chance long before
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def adjusted(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 def filtered(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """Scores divided by the temperature (> 0), -inf where top-k, top-p or min-p rule a token out."""
-    scores = scores / params.temperature
+    scores = scores / max(params.temperature, _TEMPERATURE_MIN)
     if 0 < params.top_k < scores.shape[0]:
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
     if params.top_p < 1.0:
@@ -92,11 +93,12 @@ def _choose_one(logits: torch.Tensor, draw: Draw) -> Sampled:
 def _invert(scores: torch.Tensor, u: float) -> int:
     """The token at which the cumulated probability passes u. Tokens are taken in order of their ids, so that a last
     bit of difference in the logits moves the borders by as little, never the order."""
+    possible = torch.isfinite(scores).nonzero()
+    if not len(possible):
+        return int(scores.argmax())  # broken logits: an answer for this sequence, no failure for its company
     cumulated = scores.double().softmax(dim=-1).cumsum(dim=-1)
     index = int(torch.searchsorted(cumulated, u * float(cumulated[-1]), right=True))
-    # rounding may point behind the last possible token
-    possible = torch.isfinite(scores).nonzero()
-    return min(index, int(possible[-1]))
+    return min(index, int(possible[-1]))  # rounding may point behind the last possible token
 
 
 def _penalise(scores: torch.Tensor, draw: Draw) -> None:

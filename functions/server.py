@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import structlog
@@ -26,7 +28,10 @@ _SOURCE = Path(__file__).parent / "main.py"
 
 def serve(fd: int | None = None) -> int:
     """Serves on the inherited socket `fd`, else on HOST and PORT. Returns the exit code."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    configure_logs()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn ends on these and then raises them once more for whoever was there before: nobody
+        signal.signal(number, lambda *_: None)
     try:
         app = create_asgi_app("stage", str(_SOURCE), "http")
         host, port = os.environ.get("HOST", "0.0.0.0"), _port()
@@ -37,7 +42,14 @@ def serve(fd: int | None = None) -> int:
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=3600)
     # given as a socket: from a number uvicorn makes a Unix one, and replies then wait for delayed acknowledgements
     inherited = None if fd is None else [socket.socket(fileno=fd)]
-    return asyncio.run(_serve(uvicorn.Server(config), inherited))
+    _service().start()
+    return asyncio.run(_serve(_Server(config), inherited))
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        _service().stop()
+        super().handle_exit(sig, frame)
 
 
 async def _serve(server: uvicorn.Server, inherited: list[socket.socket] | None) -> int:
@@ -48,6 +60,18 @@ async def _serve(server: uvicorn.Server, inherited: list[socket.socket] | None) 
     if failure is not None:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failure is not None else 0
+
+
+def configure_logs() -> None:
+    """Lines on stderr. Traces without local variables, which would hold prompts."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 async def _stop_on_failure(server: uvicorn.Server) -> None:

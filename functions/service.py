@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import TypeVar
 
 import structlog
@@ -37,10 +38,20 @@ class StageService:
         self.settings = settings
         self.failure: str | None = None
         self._stage: Stage | None = None
+        self._loading: Future[Stage] | None = None
         # one thread: the stage is not made for two, and torch uses the cores by itself
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._loaded = threading.Event()
-        threading.Thread(target=self._load, name="load", daemon=True).start()
+
+    def start(self) -> None:
+        """Begins to load, once. Not done when built: a server may fork after that, and threads stay behind."""
+        if self._loading is None:
+            self._loading = Future()
+            threading.Thread(target=self._load, args=(self._loading,), name="load", daemon=True).start()
+
+    def stop(self) -> None:
+        """The process is about to end: whoever waits for the weights is told so."""
+        if self._loading is not None:
+            _settle(self._loading, NotReady("the stage is shutting down"))
 
     @property
     def ready(self) -> bool:
@@ -133,27 +144,29 @@ class StageService:
 
     async def _when_loaded(self) -> Stage:
         """Holds an event that comes early, as an activator would. Raises NotReady if loading fails."""
-        if self._stage is None:
-            await asyncio.to_thread(self._loaded.wait)
-        if self._stage is None:
-            raise NotReady(self.failure or "the stage has no weights")
-        return self._stage
+        if self._stage is not None:
+            return self._stage
+        self.start()
+        assert self._loading is not None
+        return await asyncio.shield(asyncio.wrap_future(self._loading))
 
-    def _load(self) -> None:
+    def _load(self, loading: Future[Stage]) -> None:
         started_s = time.perf_counter()
         try:
-            self._stage = _load_stage(self.settings)
+            stage = _load_stage(self.settings)
             seconds = time.perf_counter() - started_s
             metrics.LOAD_SECONDS.set(seconds)
-            self._show_kv(self._stage)
+            self._show_kv(stage)
             log.info("ready", blocks=str(self.settings.blocks), load_s=round(seconds, 3))
+            self._stage = stage
+            _settle(loading, stage)
         except (CheckpointError, SettingsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             self.failure = str(error) or type(error).__name__
         except Exception as error:
             log.exception("loading_failed")
             self.failure = f"loading failed: {type(error).__name__}: {error}"
         finally:
-            self._loaded.set()
+            _settle(loading, NotReady(self.failure or "the stage has no weights"))
 
     @staticmethod
     def _show_kv(stage: Stage) -> None:
@@ -172,6 +185,15 @@ class StageService:
     ) -> Event:
         source = f"/stagecraft/{self.settings.model_name}/stages/{self.settings.index}/{replica}"
         return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})})
+
+
+def _settle(loading: Future[Stage], outcome: Stage | Exception) -> None:
+    """Sets the result unless there is one: loading and stopping may both want to."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(outcome, Exception):
+            loading.set_exception(outcome)
+        else:
+            loading.set_result(outcome)
 
 
 def _load_stage(settings: StageSettings) -> Stage:

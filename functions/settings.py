@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import psutil
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from functions.contract.checkpoint import Checkpoint
@@ -44,6 +44,12 @@ class StageSettings(BaseSettings):
     @classmethod
     def _parse_blocks(cls, value: object) -> object:
         return BlockSpan.parse(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_index(self) -> Self:
+        if self.index >= self.count:
+            raise ValueError(f"STAGE_INDEX {self.index} must be below STAGE_COUNT {self.count}")
+        return self
 
     def torch_device(self) -> torch.device:
         """Raises SettingsError for a GPU that is not there."""
@@ -87,5 +93,6 @@ def _explain(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     return "; ".join(
-        f"STAGE_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" for item in error.errors()
+        f"STAGE_{'_'.join(str(part) for part in item['loc']).upper()}: {item['msg']}" if item["loc"] else item["msg"]
+        for item in error.errors()
     )

@@ -1,7 +1,7 @@
 """One stage at work: steps in, hidden states or samples out, caches kept straight.
 
 Pure in the sense that it knows no HTTP and no clock; one thread at a time may call it. A step is all or nothing: it is
-checked before anything changes, and if the computation fails, the sequences stand where they stood.
+checked before anything changes, and if the computation fails, no sequence has moved past where the step starts.
 """
 
 from __future__ import annotations

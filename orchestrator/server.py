@@ -177,7 +177,13 @@ def bare_argv() -> Iterator[None]:
 
 def configure_logs(*, as_json: bool) -> None:
     """Our log goes to stderr: JSON for machines, aligned columns in a terminal."""
-    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(
+            exception_formatter=structlog.dev.plain_traceback  # without local variables, which would hold prompts
+        )
+    )
     processors: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
     if as_json:
         processors.append(structlog.processors.format_exc_info)

@@ -100,10 +100,10 @@ _BY_CODE: dict[str, type[StageError]] = {
 
 def from_json(data: Any) -> StageError:
     """The error that a stage reported. Anything unreadable becomes a `StageFailure` that quotes it."""
-    kind = _BY_CODE.get(data.get("code", "")) if isinstance(data, dict) else None
-    if kind is None:
+    try:
+        kind, message = _BY_CODE[data["code"]], str(data["message"])
+        if kind is WrongPosition:
+            return WrongPosition(message, sequence=int(data["sequence"]), position=int(data["position"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
         return StageFailure(f"the stage answered an error that is not one of ours: {str(data)[:200]}")
-    message = str(data.get("message", ""))
-    if kind is WrongPosition:
-        return WrongPosition(message, sequence=int(data.get("sequence", 0)), position=int(data.get("position", 0)))
     return kind(message)

@@ -59,6 +59,9 @@ def from_http_request(headers: Mapping[str, str], body: Buffer) -> Event:
         raise InvalidEvent("stages take CloudEvents in binary content mode only (attributes as ce- headers)")
     if headers.get("ce-specversion") != "1.0":
         raise InvalidEvent(f"ce-specversion must be 1.0, got {headers.get('ce-specversion')!r}")
+    for name in ("ce-type", "ce-id", "ce-source"):
+        if not headers.get(name):
+            raise InvalidEvent(f"the attribute {name} is missing or empty")
     try:
         # the data is passed around the SDK, which would decode it
         event = from_http(headers, b"", data_unmarshaller=lambda data: data)

@@ -40,7 +40,7 @@ class Frame:
 
     @classmethod
     def of(cls, array: npt.NDArray[Any]) -> Frame:
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         return cls(_DTYPE_NAMES[array.dtype], array.shape, array.reshape(-1).view(np.uint8).data)
 
     def numpy(self) -> npt.NDArray[Any]:
@@ -116,7 +116,7 @@ def check_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"{name}: unknown dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name}: shape and data_offsets must be lists of whole numbers >= 0")
+        raise ValueError(f"{name}: shape and data_offsets must be lists of at most 8 whole numbers in 0..2^62-1")
     start, end = offsets
     size = math.prod(shape) * ITEM_BYTES[dtype]
     if end - start != size:
@@ -125,7 +125,10 @@ def check_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Few enough and small enough for any reader."""
+    return (
+        isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+    )
 
 
 def _check_cover(spans: Iterable[tuple[int, int]], size: int) -> None:

@@ -97,8 +97,7 @@ class Step:
             raise InvalidEvent(f"the slices hold {total} tokens, tokens has shape {list(self.tokens.shape)}")
         if self.hidden is not None and (len(self.hidden.shape) != 2 or self.hidden.shape[0] != total):
             raise InvalidEvent(f"hidden must be [{total}, hidden size] like the tokens, got {list(self.hidden.shape)}")
-        unopened = [s.sequence for s in self.slices if s.start == 0 and s.sequence not in self.openings]
-        if unopened or not ids.issuperset(self.openings):
+        if set(self.openings) != {s.sequence for s in self.slices if s.start == 0}:
             raise InvalidEvent("openings must be given for exactly the sequences whose slice starts at 0")
 
     def to_body(self) -> list[Buffer]:
@@ -167,9 +166,11 @@ class Samples:
         logprobs, tokens, values = (
             frames.arrays[name].numpy().tolist() for name in ("logprobs", "top_tokens", "top_logprobs")
         )
-        if rows.ndim != 2 or rows.shape[1] != 5 or len(logprobs) != len(rows):
+        flat = all(len(frames.arrays[name].shape) == 1 for name in ("logprobs", "top_tokens", "top_logprobs"))
+        if rows.ndim != 2 or rows.shape[1] != 5 or not flat or len(logprobs) != len(rows):
             raise InvalidEvent(f"samples must be int64 [n, 5] with n logprobs, got {list(rows.shape)}")
-        if int(rows[:, 3].sum()) != len(tokens) or len(tokens) != len(values) or (rows[:, 3] < 0).any():
+        counts = rows[:, 3].tolist()
+        if sum(counts) != len(tokens) or len(tokens) != len(values) or min(counts, default=0) < 0:
             raise InvalidEvent("top_tokens and top_logprobs do not match the counts in samples")
         items, at = [], 0
         for (sequence, position, token, count, has_logprob), logprob in zip(rows.tolist(), logprobs, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -77,7 +76,9 @@ _DEFAULTS: dict[str, Any] = {f.name: {} if f.name == "logit_bias" else f.default
 
 def _within(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
     whole = name in _INTEGERS
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
-    if not (low < value if low_open else low <= value) or value > high:
-        raise ValueError(f"{name} must be {'>' if low_open else '>='} {low:g} and <= {high:g}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, got {type(value).__name__}")
+    # written so that NaN fails too
+    if not ((low < value if low_open else low <= value) and value <= high):
+        shown = repr(value) if isinstance(value, float) or abs(value) < SEED_BOUND * 2 else "a larger number"
+        raise ValueError(f"{name} must be {'>' if low_open else '>='} {low:g} and <= {high:g}, got {shown}")

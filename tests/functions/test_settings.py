@@ -1,0 +1,132 @@
+"""Settings of a stage: from STAGE_ variables, wrong ones named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from functions.contract.checkpoint import Checkpoint
+from functions.contract.spans import BlockSpan
+from functions.settings import SettingsError, StageSettings, read_settings
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what must be set is set."""
+    for name in [name for name in os.environ if name.startswith("STAGE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("STAGE_MODEL", "/models/x")
+    monkeypatch.setenv("STAGE_BLOCKS", "2:5")
+
+
+def test_defaults() -> None:
+    settings = read_settings()
+    assert (settings.model, settings.blocks) == ("/models/x", BlockSpan(2, 5))
+    assert (settings.index, settings.count, settings.plan, settings.dtype) == (0, 1, "", "auto")
+    assert settings.body_bytes_max == 1 << 30
+
+
+def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "MODEL": "s3://b/m", "BLOCKS": "0:3", "INDEX": "1", "COUNT": "4", "PLAN": "ab", "MODEL_NAME": "n",
+        "DTYPE": "bfloat16", "DEVICE": "cuda:1", "KV_BYTES_MAX": "123", "BODY_BYTES_MAX": "456", "THREADS": "2",
+        "REPLICA": "10.0.0.1:8012",
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(f"STAGE_{name}", value)
+    settings = read_settings()
+    assert {name: str(getattr(settings, name.lower())) for name in values} == values
+    assert {name.lower() for name in values} == set(StageSettings.model_fields)
+
+
+WRONG = [
+    ("BLOCKS", "5:2", "start < end"), ("BLOCKS", "two", "START:END"), ("BLOCKS", "", "START:END"),
+    ("INDEX", "-1", "greater"), ("INDEX", "one", "integer"), ("COUNT", "0", "greater"),
+    ("DTYPE", "int8", "float32"), ("DEVICE", "tpu", "match"), ("KV_BYTES_MAX", "0", "greater"),
+    ("KV_BYTES_MAX", "2GiB", "integer"), ("BODY_BYTES_MAX", "-1", "greater"), ("THREADS", "-2", "greater"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "hint"), WRONG)
+def test_wrong_value_names_the_setting_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, hint: str
+) -> None:
+    monkeypatch.setenv(f"STAGE_{name}", value)
+    with pytest.raises(SettingsError, match=f"STAGE_{name}: .*{hint}"):
+        read_settings()
+
+
+def test_index_past_the_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_INDEX", "2")
+    monkeypatch.setenv("STAGE_COUNT", "2")
+    with pytest.raises(SettingsError, match="STAGE_INDEX"):
+        read_settings()
+
+
+@pytest.mark.parametrize("name", ["MODEL", "BLOCKS"])
+def test_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv(f"STAGE_{name}")
+    with pytest.raises(SettingsError, match=f"STAGE_{name}: .*required"):
+        read_settings()
+
+
+def test_all_wrong_settings_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_DTYPE", "int8")
+    monkeypatch.setenv("STAGE_THREADS", "many")
+    with pytest.raises(SettingsError, match=r"STAGE_DTYPE: .*; STAGE_THREADS: "):
+        read_settings()
+
+
+def test_unknown_setting_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_BLOKS", "0:1")
+    with pytest.raises(SettingsError, match="unknown settings STAGE_BLOKS; known are STAGE_BLOCKS, "):
+        read_settings()
+
+
+def test_device_auto_is_what_the_machine_has() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert read_settings().torch_device().type == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_DEVICE", "cuda:0")
+    with pytest.raises(SettingsError, match="STAGE_DEVICE is cuda:0, but torch finds no CUDA device"):
+        read_settings().torch_device()
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "saved", "expected"),
+    [
+        ("float16", "cpu", {"dtype": "bfloat16"}, torch.float16),
+        ("auto", "cpu", {"dtype": "bfloat16"}, torch.float32),
+        ("auto", "cuda", {"dtype": "float16"}, torch.float16),
+        ("auto", "cuda", {"torch_dtype": "float16"}, torch.float16),
+        ("auto", "cuda", {"text_config": {"dtype": "float32"}}, torch.float32),
+        ("auto", "cuda", {}, torch.bfloat16),
+        ("auto", "cuda", {"dtype": "nonsense"}, torch.bfloat16),
+    ],
+)
+def test_dtype(
+    monkeypatch: pytest.MonkeyPatch, setting: str, device: str, saved: dict[str, object], expected: torch.dtype
+) -> None:
+    monkeypatch.setenv("STAGE_DTYPE", setting)
+    assert read_settings().torch_dtype(Checkpoint("/x", saved, {}), torch.device(device)) == expected
+
+
+def test_kv_budget_is_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_KV_BYTES_MAX", "12345")
+    assert read_settings().kv_budget_bytes(torch.device("cpu")) == 12345
+
+
+def test_kv_budget_of_a_host_is_bounded() -> None:
+    assert 0 < read_settings().kv_budget_bytes(torch.device("cpu")) <= 4 << 30
+
+
+def test_a_file_named_env_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("STAGE_INDEX=1\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_settings().index == 0
