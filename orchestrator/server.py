@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import structlog
+import uvloop
 
 from functions.contract.checkpoint import CheckpointError
 from orchestrator.choices import Service
@@ -111,6 +112,8 @@ def serve(
     quieten_kserve()
     server.register_model(StagedModel(service))
     _log.info("serving", model=service.name, http_port=settings.http_port, grpc_port=settings.grpc_port)
+    # KServe's own setting has no effect with one worker
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     # an empty list: KServe would refuse to serve a model that is not ready yet
     server.start([])
     if outcome.failure is not None:

@@ -1,0 +1,88 @@
+"""`python -m benchmarks`: all figures, or some, as tables and as one JSON line each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.bench import ROOT, Bench, MeasureError
+from benchmarks.figures import FIGURES
+from benchmarks.report import Section
+from orchestrator.generation import GenerationError
+from orchestrator.launcher import LaunchError
+from orchestrator.stage_client import StageUnreachable
+
+RESULTS = ROOT / "benchmarks" / "results" / "latest.json"
+BUSY = 0.5  # load average above which figures are not to be trusted
+
+
+def main(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only this figure, one of {', '.join(FIGURES)}; may be repeated.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy size, one round: does it run at all?")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating runs of each thing that is compared.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Only the JSON lines, no tables.")] = False,
+    output: Annotated[Path, typer.Option(help="Where all figures are written as JSON.")] = RESULTS,
+) -> None:
+    """Measure Stagecraft beside its peers, on two cores of this machine.
+
+    Each figure ends as a row of a table and as a JSON line. It takes eight to ten minutes; let nothing else run.
+
+    [bold]Examples[/]
+
+    python -m benchmarks
+
+    python -m benchmarks --only hop --only latency
+
+    python -m benchmarks --quick --json
+    """
+    names = list(dict.fromkeys(only or FIGURES))
+    unknown = [name for name in names if name not in FIGURES]
+    if unknown:
+        raise typer.BadParameter(f"no figure {unknown[0]}; there are {', '.join(FIGURES)}", param_hint="--only")
+    console = Console(quiet=as_json, width=None if sys.stdout.isatty() else 140)
+    load_before = os.getloadavg()[0]
+    if load_before > BUSY and not quick:
+        print(f"warning: other programs keep this machine busy (load {load_before:.1f})", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: processes and temporary files go
+    with tempfile.TemporaryDirectory(prefix="stagecraft-bench-") as folder:
+        bench = Bench(Path(folder), quick, 1 if quick else rounds)
+        sections, failed = asyncio.run(_measure(names, bench, console))
+    report.write(output, sections, quick=quick, load_before=load_before)
+    for line in report.json_lines(sections):
+        print(line)
+    raise typer.Exit(1 if failed else 0)
+
+
+async def _measure(names: list[str], bench: Bench, console: Console) -> tuple[list[Section], list[str]]:
+    """The sections, and the figures that could not be measured. One that fails does not hold up the others."""
+    sections, failed = [], []
+    for name in names:
+        try:
+            found = await FIGURES[name](bench)
+        except (MeasureError, GenerationError, StageUnreachable, LaunchError, OSError) as error:
+            print(f"error: {name} could not be measured: {error}", file=sys.stderr)
+            failed.append(name)
+            continue
+        for section in found:
+            report.show(section, console)
+        sys.stdout.flush()  # a full run takes minutes; whoever reads a pipe wants to follow it
+        sections += found
+    return sections, failed
+
+
+if __name__ == "__main__":
+    app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    app(prog_name="python -m benchmarks")

@@ -1,0 +1,19 @@
+"""The figures, one module each. A figure is `async def measure(bench: Bench) -> list[Section]`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from benchmarks.bench import Bench
+from benchmarks.figures import hop, latency, memory, startup, throughput
+from benchmarks.report import Section
+
+Measure = Callable[[Bench], Awaitable[list[Section]]]
+
+FIGURES: dict[str, Measure] = {
+    "hop": hop.measure,
+    "latency": latency.measure,
+    "throughput": throughput.measure,
+    "startup": startup.measure,
+    "memory": memory.measure,
+}

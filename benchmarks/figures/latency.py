@@ -1,0 +1,99 @@
+"""Time per token of a single request, for several numbers of stages, beside Transformers' `generate`.
+
+All processes are up at the same time and take turns. Time per token is that between the first and the last token,
+divided by the steps between them, so it holds no prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import checkpoints
+from benchmarks.alternate import alternate
+from benchmarks.bench import CORES, DEMO, Bench, fair_threads
+from benchmarks.peers import TransformersPeer, transformers_peer
+from benchmarks.prompts import random_prompts
+from benchmarks.report import Figure, Section, alone, beside
+from benchmarks.stages import RunningChain, running_chain
+
+PROMPT_TOKENS = 16
+PEER = "generate"
+SINGLE = "generate, 1 thread"  # shown too: what a thread more brings the peer
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    tokens: list[int]
+    ms_per_token: float
+
+
+async def measure(bench: Bench) -> list[Section]:
+    large = await checkpoints.large(bench)
+    if bench.quick:
+        return [await _model(bench, "toy", large, 4)]
+    return [await _model(bench, "demo", DEMO, 32), await _model(bench, "82M", large, 24)]
+
+
+async def _model(bench: Bench, name: str, model: Path, new_tokens: int) -> Section:
+    (prompt,) = random_prompts(1, PROMPT_TOKENS, checkpoints.vocab_size(model))
+    async with AsyncExitStack() as stack:
+        peer = await stack.enter_async_context(transformers_peer(model, CORES))
+        runs = {PEER: _of_peer(peer, prompt, new_tokens)}
+        if not bench.quick:
+            single = await stack.enter_async_context(transformers_peer(model, 1))
+            runs[SINGLE] = _of_peer(single, prompt, new_tokens)
+        for stages, threads in _layouts(bench):
+            chain = await stack.enter_async_context(running_chain(bench, model, stages, threads))
+            runs[_label(stages, threads)] = _of_chain(chain, prompt, new_tokens)
+        results = await alternate(bench.rounds, runs)
+    return _section(name, results)
+
+
+def _layouts(bench: Bench) -> list[tuple[int, int]]:
+    """(stages, threads of each): as many threads in all as the peer has, then all cores for each stage."""
+    fair = [(stages, fair_threads(stages)) for stages in bench.stage_counts]
+    full = [(stages, CORES) for stages in bench.stage_counts]
+    return fair if bench.quick else list(dict.fromkeys([*fair, *full]))
+
+
+def _label(stages: int, threads: int) -> str:
+    return f"{stages} stage{'s'[: stages > 1]}, {threads} thread{'s'[: threads > 1]} each"
+
+
+def _of_peer(peer: TransformersPeer, prompt: list[int], new_tokens: int) -> Callable[[], Awaitable[Run]]:
+    async def run() -> Run:
+        answer = await peer.generate([prompt], new_tokens)
+        return Run(answer.tokens[0], _ms_per_token(answer.stamps_s))
+
+    return run
+
+
+def _of_chain(chain: RunningChain, prompt: list[int], new_tokens: int) -> Callable[[], Awaitable[Run]]:
+    async def run() -> Run:
+        tokens, stamps_s = await chain.generate(prompt, new_tokens)
+        return Run(tokens, _ms_per_token(stamps_s))
+
+    return run
+
+
+def _ms_per_token(stamps_s: list[float]) -> float:
+    return (stamps_s[-1] - stamps_s[0]) / (len(stamps_s) - 1) * 1e3
+
+
+def _section(name: str, results: dict[str, list[Run]]) -> Section:
+    theirs = results.pop(PEER)
+    peer_ms = [run.ms_per_token for run in theirs]
+    figures: list[Figure] = [alone(f"{name}, {PEER}, {CORES} threads", "ms/token", peer_ms)]
+    for label, runs in results.items():
+        same = all(run.tokens == theirs[0].tokens for run in runs)
+        figures.append(
+            beside(
+                f"{name}, {label}", "ms/token", [run.ms_per_token for run in runs], PEER, peer_ms,
+                "" if same else "the tokens differ from the peer's: this figure is worth nothing",
+            )
+        )  # fmt: skip
+    remarks = ["A request alone passes the stages one after another, so at any time a single one of them computes."]
+    return Section(f"Time per token, one request, {name} model, float32", figures, remarks)

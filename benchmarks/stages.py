@@ -1,0 +1,110 @@
+"""Chains of real stage processes on this machine, as `stagecraft up` starts them, without the endpoints before them.
+
+This process stands for the orchestrator: it runs the chain, and HTTP on loopback takes its steps to the stages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.bench import Bench, child_environment
+from benchmarks.checkpoints import block_count
+from functions.contract.spans import BlockSpan
+from orchestrator import processes
+from orchestrator.chain import Chain, ChainSettings
+from orchestrator.generation import GenerationRequest
+from orchestrator.launcher import STAGE_GRACE_S, STAGE_HOST, listen
+from orchestrator.processes import Child
+
+PLAN = "benchmark"
+WAKE_TIMEOUT_S = 180.0
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class StageProcess:
+    child: Child
+    url: str
+
+    def peak_bytes(self) -> int:
+        """The most memory the process has held so far (VmHWM of proc(5): its own and shared pages)."""
+        lines = Path(f"/proc/{self.child.pid}/status").read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) << 10
+
+
+@dataclass(frozen=True, slots=True)
+class RunningChain:
+    chain: Chain
+    stages: tuple[StageProcess, ...]
+
+    async def generate(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[float]]:
+        """Greedy tokens, and when each of them came: seconds from the request on."""
+        request = GenerationRequest(tuple(prompt), new_tokens)
+        tokens, stamps_s = [], []
+        started_s = time.perf_counter()
+        async for token in self.chain.generate(request):
+            tokens.append(token.id)
+            stamps_s.append(time.perf_counter() - started_s)
+        return tokens, stamps_s
+
+
+def even_spans(blocks: int, stages: int) -> list[BlockSpan]:
+    """Spans whose lengths differ by at most one block."""
+    borders = [round(blocks * i / stages) for i in range(stages + 1)]
+    return [BlockSpan(start, end) for start, end in itertools.pairwise(borders)]
+
+
+@asynccontextmanager
+async def running_chain(bench: Bench, model: Path, stages: int, threads: int) -> AsyncIterator[RunningChain]:
+    """A chain that is awake. Its processes end with the context, or with this process."""
+    spans = even_spans(block_count(model), stages)
+    async with running_stages(bench, model, spans, threads=threads) as running:
+        chain = Chain(PLAN, [stage.url for stage in running], ChainSettings(wake_timeout_s=WAKE_TIMEOUT_S))
+        try:
+            await chain.start()
+            yield RunningChain(chain, tuple(running))
+        finally:
+            await chain.close()
+
+
+@asynccontextmanager
+async def running_stages(
+    bench: Bench, model: Path, spans: Sequence[BlockSpan], *, threads: int, first: int = 0, count: int | None = None
+) -> AsyncIterator[list[StageProcess]]:
+    """One process for each span, numbered from `first` of `count` stages. They may still be loading."""
+    started: list[StageProcess] = []
+    try:
+        for index, span in enumerate(spans, first):
+            started.append(await _start(bench, model, span, index, count or len(spans), threads))
+        yield started
+    finally:
+        await processes.stop([stage.child for stage in started], STAGE_GRACE_S)
+
+
+async def _start(bench: Bench, model: Path, span: BlockSpan, index: int, count: int, threads: int) -> StageProcess:
+    env = {
+        **child_environment(threads),
+        "STAGE_MODEL": str(model),
+        "STAGE_MODEL_NAME": model.name,
+        "STAGE_BLOCKS": str(span),
+        "STAGE_INDEX": str(index),
+        "STAGE_COUNT": str(count),
+        "STAGE_PLAN": PLAN,
+        "STAGE_DTYPE": "float32",
+        "STAGE_DEVICE": "cpu",
+        "STAGE_THREADS": str(threads),
+        "STAGE_KV_BYTES_MAX": str(1 << 30),
+    }
+    with listen(STAGE_HOST, 0, "the port of a stage") as sock:
+        argv = [sys.executable, "-m", "functions", "--fd", str(sock.fileno())]
+        log = bench.log_dir / f"stage-{next(_numbers)}.log"
+        child = await Child.start(f"stage {index}", argv, env=env, log=log, pass_fds=(sock.fileno(),))
+        return StageProcess(child, f"http://{STAGE_HOST}:{sock.getsockname()[1]}/")

@@ -1,0 +1,77 @@
+"""Every figure runs at toy size, as real processes, so that the benchmarks never rot. No test looks at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+# figure -> names that its JSON lines must have
+EXPECTED = {
+    "hop": ["hop 10 KB p50", "hop 10 KB p99", "hop 16 MB p50", "hop 16 MB p99"],
+    "latency": ["toy, generate, 2 threads", "toy, 2 stages, 1 thread each"],
+    "throughput": ["2 at once, 1 thread a stage"],
+    "startup": ["first token, up, 2 stages", "first token, stages alone, 2 stages"],
+    "memory": ["base: a stage next to empty", "2 stages: stage 0", "2 stages: stage 1"],
+}
+
+
+def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
+
+
+SLOW = {"throughput", "startup", "memory"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in EXPECTED])
+def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "new" / "figures.json"
+    done = run(root, "--quick", "--json", "--only", name, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["name"] for line in lines] == EXPECTED[name]
+    assert all(line["value"] > 0 and line["n"] == 1 and line["unit"] for line in lines)
+    assert all(line["ratio"] > 0 for line in lines if "peer" in line)
+    # tokens that differ from the peer's are noted, and would make the figure worthless
+    assert not any("tokens" in line.get("note", "") for line in lines)
+    written = json.loads(output.read_text())
+    assert written["figures"] == lines
+    assert written["quick"] is True
+
+
+def test_expected_names_cover_all_figures(root: Path) -> None:
+    done = run(root, "--only", "nothing")
+    assert done.returncode == 2
+    assert all(name in done.stderr for name in EXPECTED)
+
+
+def test_help_shows_examples(root: Path) -> None:
+    done = run(root, "--help")
+    assert done.returncode == 0
+    assert "python -m benchmarks --only hop" in done.stdout
+
+
+def test_interrupt_leaves_no_process_behind(root: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "benchmarks", "--quick", "--only", "memory", "--output", str(tmp_path / "x.json")]
+    process = psutil.Popen(argv, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children: list[psutil.Process] = []
+    while not any("functions" in child.cmdline() for child in children):
+        assert process.poll() is None, "ended before a stage was started"
+        time.sleep(0.05)
+        children = alive(process)
+    process.send_signal(2)
+    assert process.wait() != 0
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert left == []
+
+
+def alive(process: psutil.Process) -> list[psutil.Process]:
+    """Its children, without those that are gone by the time one looks."""
+    found = process.children(recursive=True)
+    return [child for child in found if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
