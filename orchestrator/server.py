@@ -112,8 +112,9 @@ def serve(
     quieten_kserve()
     server.register_model(StagedModel(service))
     _log.info("serving", model=service.name, http_port=settings.http_port, grpc_port=settings.grpc_port)
-    # KServe's own setting has no effect with one worker
+    # KServe's own choice of uvloop has no effect with one worker, and it asks for a loop before it runs one
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    asyncio.set_event_loop(asyncio.new_event_loop())
     # an empty list: KServe would refuse to serve a model that is not ready yet
     server.start([])
     if outcome.failure is not None:

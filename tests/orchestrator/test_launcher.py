@@ -75,13 +75,6 @@ def test_free_ports_are_two_different_ones() -> None:
     assert min(http_port, grpc_port) > 0
 
 
-def test_connections_to_a_stage_send_at_once() -> None:
-    with launcher.listen("127.0.0.1", 0, "--stages") as sock, socket.create_connection(sock.getsockname()):
-        accepted, _ = sock.accept()
-        with accepted:
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
 async def test_processes_become_ready_and_all_end(tiny_checkpoint: Path, settings: LaunchSettings) -> None:
     plan = plan_by_stages(open_checkpoint(str(tiny_checkpoint)), 3)
     seen: list[tuple[str, str]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -58,6 +59,12 @@ def serving(checkpoint: Path, *options: str, cwd: Path = ROOT) -> Iterator[Runni
             yield Running(process, json.loads(ready))
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of its own: processes are counted by the folder they serve."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("up") / "tiny"))
 
 
 def children_of(checkpoint: Path) -> list[int]:
