@@ -10,6 +10,7 @@ STAMP  := $(VENV)/.installed
 MODEL   ?= demo
 STAGES  ?= 2
 PORT    ?= 8080
+GRPC_PORT ?= 8081
 PROMPT  ?= ROMEO: But soft! what light through yonder window breaks?
 ONCE    ?=
 TESTS   ?= tests
@@ -17,18 +18,15 @@ WORKERS ?= 2
 
 export PROMPT
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all lint format bench clean
+.PHONY: help run test lint format bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 run: $(STAMP) ## serve the demonstration model in 2 stages and send one prompt; ONCE=1 ends after the answer
-	@$(BIN)/stagecraft up $(MODEL) --stages $(STAGES) --port $(PORT) --prompt "$$PROMPT" $(if $(ONCE),--exit)
+	@$(BIN)/stagecraft up $(MODEL) --stages $(STAGES) --port $(PORT) --grpc-port $(GRPC_PORT) --prompt "$$PROMPT" $(if $(ONCE),--exit)
 
-test: $(STAMP) ## run the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadscope $(TESTS)
-
-test-all: $(STAMP) ## run all tests, slow ones too
+test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(TESTS)
 
 lint: $(STAMP) ## check style (ruff) and types (mypy --strict)

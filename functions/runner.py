@@ -77,12 +77,14 @@ class PackedRunner:
         sequences = [_blank(i, blocks) for i in range(len(_PROBE))]
         slices = [Slice(i + 1, 0, length) for i, length in enumerate(_PROBE)]
         try:
-            self.run(sequences, slices, *_probe_input(self.model, sum(_PROBE)))
+            result = self.run(sequences, slices, *_probe_input(self.model, sum(_PROBE)))
         except Exception as error:
             raise Unpackable(f"{type(error).__name__}: {error}") from error
         buffers = [b for b in (*sequences[0].keys, *sequences[0].values) if b is not None]
         if len(self._windows) != blocks or len(buffers) != 2 * blocks:
             raise Unpackable(f"{len(self._windows)} of {blocks} blocks attend through Transformers' interface")
+        if self.model.ends.last and result.shape != (len(_PROBE), self.model.vocab_size):
+            raise Unpackable(f"logits of two sequences have shape {list(result.shape)}")
         self._check_windows()
         return sum(b[:, :1].numel() * b.element_size() for b in buffers)
 
@@ -111,29 +113,26 @@ class SequentialRunner:
             part = slice(at, at + piece.length)
             results.append(self._one(sequence, piece, tokens[part], None if hidden is None else hidden[part]))
             at += piece.length
-        return torch.cat(results)
+        # without a sample a slice adds no logits, and what it returns is of another width
+        return torch.cat([r for r in results if len(r)] or results[:1])
 
     def _one(self, sequence: Sequence, piece: Slice, tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         if piece.start == 0:
             sequence.cache = DynamicCache(config=self.model.config)
-        elif sequence.cached > piece.start:
-            self._take_back(sequence, piece.start)
+        elif sequence.cached != piece.start:
+            self._start_anew(sequence)
         device = self.model.device
         positions = torch.arange(piece.start, piece.end, device=device)
         rows = torch.tensor([piece.length - 1] if piece.sample else [], dtype=torch.long, device=device)
         sequence.cached = piece.end
         return self.model.forward(tokens, hidden, positions, sequence.cache, rows)
 
-    def _take_back(self, sequence: Sequence, position: int) -> None:
-        """Shortens the model's own cache. Recurrent state has no way back: the sequence starts anew."""
-        if all(getattr(layer, "is_croppable", False) for layer in sequence.cache.layers):
-            sequence.cache.crop(position)
-            return
+    def _start_anew(self, sequence: Sequence) -> None:
+        """Recurrent state and full windows have no way back, so no such cache is shortened."""
         sequence.position = sequence.cached = 0
         raise WrongPosition(
-            f"sequence {sequence.id}: this architecture cannot go back to position {position}; replay it from 0",
-            sequence=sequence.id,
-            position=0,
+            f"sequence {sequence.id}: this architecture cannot go back in its cache; replay it from 0",
+            {sequence.id: 0},
         )
 
     def _self_check(self) -> int:

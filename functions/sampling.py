@@ -48,9 +48,10 @@ def uniform(seed: int, position: int) -> float:
 def adjusted(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     """float32 [vocabulary] with bias and penalties applied; the argument is left as it is."""
     scores = logits.float().clone()
-    for token, bias in draw.params.logit_bias.items():
-        if token < scores.shape[0]:
-            scores[token] += bias
+    bias = {token: value for token, value in draw.params.logit_bias.items() if token < scores.shape[0]}
+    if bias:
+        index = torch.tensor(list(bias), device=scores.device)
+        scores[index] += torch.tensor(list(bias.values()), dtype=scores.dtype, device=scores.device)
     if draw.params.needs_history:
         _penalise(scores, draw)
     return scores

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import structlog
 import uvicorn
 import uvloop
 from functions_framework.aio import create_asgi_app
 
+from functions.contract.logs import configure_logs
 from functions.settings import SettingsError
 
 _LOOK_EVERY_S = 0.1
@@ -29,7 +29,7 @@ _SOURCE = Path(__file__).parent / "main.py"
 
 def serve(fd: int | None = None) -> int:
     """Serves on the inherited socket `fd`, else on HOST and PORT. Returns the exit code."""
-    configure_logs()
+    configure_logs(as_json=not sys.stderr.isatty())
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn ends on these and then raises them once more for whoever was there before: nobody
         signal.signal(number, lambda *_: None)
@@ -61,18 +61,6 @@ async def _serve(server: uvicorn.Server, inherited: list[socket.socket] | None) 
     if failure is not None:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failure is not None else 0
-
-
-def configure_logs() -> None:
-    """Lines on stderr. Traces without local variables, which would hold prompts."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 async def _stop_on_failure(server: uvicorn.Server) -> None:

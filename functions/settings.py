@@ -36,6 +36,9 @@ class StageSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     kv_bytes_max: int | None = Field(None, gt=0, description="bytes; default a share of free memory")
+    kv_share: float = Field(
+        1.0, gt=0, le=1, description="this stage's part of that share, when others share the device"
+    )
     body_bytes_max: int = Field(1 << 30, gt=0, description="largest event taken, in bytes")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default")
     replica: str = Field("", description="HOST:PORT that reaches this replica; default the listening socket")
@@ -69,12 +72,13 @@ class StageSettings(BaseSettings):
         return getattr(torch, str(saved).removeprefix("torch."), torch.bfloat16)
 
     def kv_budget_bytes(self, device: torch.device) -> int:
-        """What was set, else 85 % of the GPU's free memory, or a quarter of the host's (at most 4 GiB)."""
+        """What was set, else 85 % of the GPU's free memory, or a quarter of the host's (at most 4 GiB), times the part
+        that is this stage's."""
         if self.kv_bytes_max is not None:
             return self.kv_bytes_max
         if device.type == "cuda":
-            return int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
-        return min(_CPU_KV_BYTES_MAX, int(psutil.virtual_memory().available * _CPU_KV_SHARE))
+            return int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE * self.kv_share)
+        return int(min(_CPU_KV_BYTES_MAX, psutil.virtual_memory().available * _CPU_KV_SHARE) * self.kv_share)
 
 
 def read_settings() -> StageSettings:

@@ -49,13 +49,18 @@ class Stage:
                     f"sequence {piece.sequence} would reach {piece.end} tokens; the model takes at most "
                     f"{self.model.max_positions}"
                 )
-            position = self.kv.position(piece.sequence)
-            if piece.start > position:
-                raise WrongPosition(
-                    f"sequence {piece.sequence}: the slice starts at {piece.start}, this stage has {position} tokens",
-                    sequence=piece.sequence,
-                    position=position,
-                )
+        self._check_positions(step)
+
+    def _check_positions(self, step: Step) -> None:
+        have = {piece.sequence: self.kv.position(piece.sequence) for piece in step.slices}
+        gaps = [piece for piece in step.slices if piece.start > have[piece.sequence]]
+        if gaps:
+            first = gaps[0]
+            raise WrongPosition(
+                f"sequence {first.sequence}: the slice starts at {first.start}, this stage has "
+                f"{have[first.sequence]} tokens" + (f" (and {len(gaps) - 1} more sequences)" if gaps[1:] else ""),
+                {piece.sequence: have[piece.sequence] for piece in gaps},
+            )
 
     def _check_hidden(self, step: Step) -> None:
         if self.model.ends.first:

@@ -65,7 +65,8 @@ def load_weights(cut: Cut, checkpoint: Checkpoint, dtype: torch.dtype, device: t
     if info.mismatched_keys:
         name, found, expected = sorted(info.mismatched_keys, key=str)[0]
         raise CheckpointError(
-            f"{checkpoint.location}: {name} has shape {list(found)}, the configuration asks for {list(expected)}"
+            f"{checkpoint.location}: {_original(cut, name)} has shape {list(found)}, the configuration asks for "
+            f"{list(expected)}"
         )
     _finish(cut, checkpoint, info.missing_keys, device)
 
@@ -93,6 +94,12 @@ def _renumbered(name: str, old: int, new: int) -> str:
     return re.sub(rf"(?<=\.){old}(?=\.)|^{old}(?=\.)", str(new), name, count=1)
 
 
+def _original(cut: Cut, name: str) -> str:
+    """The name of a weight of the cut model as the whole model numbers it."""
+    block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+    return name if block is None else _renumbered(name, block, block + cut.span.start)
+
+
 def _finish(cut: Cut, checkpoint: Checkpoint, missing: set[str], device: torch.device) -> None:
     """Ties, checks that nothing is left out, and computes the buffers that no checkpoint holds (rotary tables)."""
     model = cut.model
@@ -101,10 +108,11 @@ def _finish(cut: Cut, checkpoint: Checkpoint, missing: set[str], device: torch.d
         missing = missing - set(model.all_tied_weights_keys)
     missing = {name for name in missing if not _ignorable(model, name)}
     if missing:
-        names = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        shown = ", ".join(_original(cut, name) for name in sorted(missing)[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(
-            f"{checkpoint.location} lacks weights that blocks {cut.span} need (numbered from the first of them): "
-            f"{names}; the checkpoint is incomplete or of another architecture"
+            f"{checkpoint.location} lacks weights that blocks {cut.span} need: {shown}{more}; the checkpoint is "
+            "incomplete or of another architecture"
         )
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, attribute = name.rpartition(".")

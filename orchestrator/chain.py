@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import structlog
 
-from functions.contract.errors import InvalidEvent, PlanMismatch, PromptTooLong, StageError, WrongPosition
+from functions.contract.errors import InvalidEvent, NotReady, StageError, WrongPosition
 from functions.contract.frames import Buffer
 from functions.contract.messages import SEQUENCE_ID_BOUND, Samples, StageInfo, Step, encode_release
 from orchestrator import chain_metrics as metrics
@@ -29,10 +29,9 @@ from orchestrator.stage_client import StageClient, StageUnreachable
 
 log = structlog.get_logger()
 
-# errors that no second try heals
-_FINAL = (InvalidEvent, PlanMismatch, PromptTooLong)
 # stages set memory aside by eighths and at least this many tokens, see functions/kv_cache.py
 _KV_SLACK_TOKENS = 16
+_CLOSE_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,7 @@ class _Lane:
     jobs: list[_Job] = field(default_factory=list)
     route: list[str | None] = field(default_factory=list)  # replica per stage, None: ask the service
     filled: asyncio.Event = field(default_factory=asyncio.Event)
+    suspects: list[_Job] = field(default_factory=list)  # one of them broke a step: they go on one at a time
 
 
 class Chain:
@@ -77,7 +77,8 @@ class Chain:
         self._lanes: list[_Lane] = []
         self._waiting: deque[_Job] = deque()
         self._kv_tokens_free = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._lane_tasks: list[asyncio.Task[None]] = []
+        self._releases: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
     # -- what endpoints use
@@ -101,19 +102,26 @@ class Chain:
         self._stages = [StageClient(self._session, i, url, self._plan) for i, url in enumerate(self._urls)]
         infos = await asyncio.gather(*(self._wake(stage) for stage in self._stages))
         _check_chain(infos)
-        self._kv_tokens_free = min(info.kv_tokens_max for info in infos)
+        # what an orchestrator before this one left behind is not free
+        self._kv_tokens_free = min(info.kv_tokens_free for info in infos)
         count = self.settings.lanes or len(infos)
         self._lanes = [_Lane(secrets.token_hex(4), route=[None] * len(infos)) for _ in range(count)]
-        for lane in self._lanes:
-            self._spawn(self._run_lane(lane))
+        self._lane_tasks = [asyncio.create_task(self._run_lane(lane)) for lane in self._lanes]
         self.infos = tuple(infos)
 
     async def close(self) -> None:
         """Ends the lanes; sequences on their way end with an error."""
         self.infos = ()
-        for task in list(self._tasks):
+        for task in self._lane_tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._lane_tasks, return_exceptions=True)
+        for lane in self._lanes:
+            if lane.jobs:
+                self._spawn(self._release([job.sequence.id for job in lane.jobs], list(lane.route)))
+        if self._releases:
+            _, late = await asyncio.wait(self._releases, timeout=_CLOSE_TIMEOUT_S)
+            for task in late:
+                task.cancel()
         error = GenerationError("the server is shutting down", status=503, code="shutting_down")
         for job in [*self._waiting, *(job for lane in self._lanes for job in lane.jobs)]:
             job.out.put_nowait(error)
@@ -215,31 +223,39 @@ class Chain:
     def _sweep(self, lane: _Lane) -> None:
         """Takes out sequences that have ended, frees their KV in every stage, and lets others in."""
         gone = [job for job in lane.jobs if job.sequence.cancelled]
+        lane.suspects = [job for job in lane.suspects if not job.sequence.cancelled]
         if gone:
             lane.jobs = [job for job in lane.jobs if not job.sequence.cancelled]
-            self._kv_tokens_free += sum(job.kv_tokens for job in gone)
-            self._spawn(self._release([job.sequence.id for job in gone], list(lane.route)))
+            self._spawn(self._let_go(gone, list(lane.route)))
         self._fill_lanes()
         metrics.RUNNING.labels(lane.name).set(len(lane.jobs))
 
     async def _step(self, lane: _Lane) -> None:
-        step = lanes.next_step([job.sequence for job in lane.jobs], self.settings.step_tokens_max)
-        jobs = {job.sequence.id: job for job in lane.jobs}
-        in_step = [jobs[piece.sequence] for piece in step.slices]
+        going = lane.suspects[:1] or lane.jobs
+        in_step = going
         try:
+            step = lanes.next_step([job.sequence for job in going], self.settings.step_tokens_max)
+            jobs = {job.sequence.id: job for job in going}
+            in_step = [jobs[piece.sequence] for piece in step.slices]
             samples = await self._pass(lane, step)
             booked = lanes.progress([job.sequence for job in in_step], step, samples.items)
         except WrongPosition as error:
             self._rewind(jobs, error)
             await self._retry(in_step, error)
-        except _FINAL as error:
-            _fail(in_step, GenerationError(str(error), status=500, code=error.code))
-        except (StageError, StageUnreachable) as error:
+        except StageUnreachable as error:
             await self._retry(in_step, error)
+        except StageError as error:
+            if error.retriable:
+                await self._retry(in_step, error)
+            else:
+                _blame(lane, in_step, GenerationError(f"a stage failed: {error}", status=500, code=error.code))
         except Exception as error:  # a mistake of ours must not leave anybody waiting
             log.exception("lane_failed", lane=lane.name)
-            _fail(in_step, GenerationError(f"internal error ({type(error).__name__})", status=500, code="internal"))
+            _blame(
+                lane, in_step, GenerationError(f"internal error ({type(error).__name__})", status=500, code="internal")
+            )
         else:
+            lane.suspects = lane.suspects[1:]
             self._deliver(jobs, booked)
 
     async def _pass(self, lane: _Lane, step: Step) -> Samples:
@@ -248,19 +264,23 @@ class Chain:
         with metrics.STEP_SECONDS.time():
             for stage in self._stages:
                 body = await self._hop(lane, stage, body)
-        return Samples.from_body(body)
+        try:
+            return Samples.from_body(body)
+        except InvalidEvent as error:  # not ours but the last stage's
+            raise StageUnreachable(f"the last stage answered no samples: {error}") from None
 
     async def _hop(self, lane: _Lane, stage: StageClient, body: Buffer) -> Buffer:
         url = lane.route[stage.index]
         try:
             with metrics.HOP_SECONDS.labels(stage.index).time():
                 reply = await stage.step(body, lane.name, url, self.settings.step_timeout_s)
-        except StageUnreachable:
+        except (StageUnreachable, NotReady):
             lane.route[stage.index] = None  # the next try asks the service for a replica
             raise
         metrics.HOP_BYTES.labels(stage.index).inc(len(body))
         replica = reply.extensions.get("replica")
-        lane.route[stage.index] = f"http://{replica}/" if replica else None
+        if replica and stage.url.startswith("http://"):  # behind TLS a replica has no address that a client could use
+            lane.route[stage.index] = f"http://{replica}/"
         return reply.data
 
     def _deliver(self, jobs: dict[int, _Job], booked: list[tuple[lanes.Sequence, Token]]) -> None:
@@ -275,10 +295,10 @@ class Chain:
 
     def _rewind(self, jobs: dict[int, _Job], error: WrongPosition) -> None:
         """A stage holds less than was thought (a new replica holds nothing): that part is sent again."""
-        job = jobs.get(error.sequence)
-        if job is not None:
-            metrics.REPLAYS.inc()
-            job.sequence.take_back(error.position)
+        for sequence, position in error.positions.items():
+            if sequence in jobs:
+                metrics.REPLAYS.inc()
+                jobs[sequence].sequence.take_back(position)
 
     async def _retry(self, jobs: list[_Job], error: Exception) -> None:
         """Lets the step be tried again, some time later if it is not the first failure; gives up in the end.
@@ -288,17 +308,19 @@ class Chain:
             job.sequence.failures += 1
         worst = max(job.sequence.failures for job in jobs)
         log.warning("step_failed", error=str(error), attempt=worst, sequences=len(jobs))
-        tired = [job for job in jobs if job.sequence.failures >= self._attempts(len(jobs), error)]
-        _fail(tired, GenerationError(f"a stage cannot be reached: {error}", status=503, code="stage_unavailable"))
+        tired = [job for job in jobs if job.sequence.failures >= self.settings.attempts]
+        _fail(tired, _given_up(error))
         if not isinstance(error, WrongPosition):
             await asyncio.sleep(self.settings.backoff_s * 2 ** min(worst - 1, 6))
 
-    def _attempts(self, sequences: int, error: Exception) -> int:
-        """A stage that lost a whole lane reports one sequence at a time, so a lane may need as many steps."""
-        return self.settings.attempts + (sequences * len(self._stages) if isinstance(error, WrongPosition) else 0)
+    async def _let_go(self, jobs: list[_Job], route: list[str | None]) -> None:
+        """Memory counts as free only once the stages have freed it: others would find them full."""
+        await self._release([job.sequence.id for job in jobs], route)
+        self._kv_tokens_free += sum(job.kv_tokens for job in jobs)
+        self._fill_lanes()
 
     async def _release(self, sequences: list[int], route: list[str | None]) -> None:
-        """Frees the sequences' KV in every stage. A stage that cannot be reached has nothing left to free."""
+        """Frees the sequences' KV in every stage. One that cannot be reached is most likely gone with all it had."""
         data = encode_release(sequences)
         calls = (
             stage.release(data, url, self.settings.release_timeout_s)
@@ -326,14 +348,30 @@ class Chain:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._releases.add(task)
+        task.add_done_callback(self._releases.discard)
 
 
 def _fail(jobs: Sequence[_Job], error: GenerationError) -> None:
     for job in jobs:
         job.sequence.cancelled = True
         job.out.put_nowait(error)
+
+
+def _blame(lane: _Lane, jobs: list[_Job], error: GenerationError) -> None:
+    """A step failed in a way that another try will not heal. Its sequences go on one at a time, so that only the one
+    whose step fails again fails."""
+    if len(jobs) == 1:
+        _fail(jobs, error)
+    else:
+        lane.suspects = list(jobs)
+
+
+def _given_up(error: Exception) -> GenerationError:
+    if isinstance(error, StageError):
+        status = error.status if error.status in (429, 503) else 503
+        return GenerationError(f"a stage cannot go on: {error}", status=status, code=error.code, retry_after_s=5)
+    return GenerationError(f"a stage cannot be reached: {error}", status=503, code="stage_unavailable", retry_after_s=5)
 
 
 def _check_chain(infos: Sequence[StageInfo]) -> None:

@@ -98,6 +98,8 @@ class StagedModel(kserve.Model):  # type: ignore[misc]
     async def _infer(self, request: kserve.InferRequest, request_id: str) -> kserve.InferResponse:
         wanted = _wanted_outputs(request)
         parameters = _checked_parameters(_v2_parameters(request))
+        if "prompt" in parameters:
+            raise invalid("the prompt of a V2 request is its input text_input or input_ids", "prompt")
         body = {**parameters, "model": self.name, "prompt": _v2_prompt(request)}
         work = completion_work(self._service, parse_request(CompletionRequest, body))
         answers = await self._answers(work, "v2", request_id)
@@ -111,11 +113,6 @@ class StagedModel(kserve.Model):  # type: ignore[misc]
             work.choices, endpoint=endpoint, request_id=request_id, prompt_tokens=work.prompt_tokens
         )
         return await collect(pieces, len(work.choices))
-
-
-def error_text(error: GenerationError) -> dict[str, Any]:
-    """KServe's shape of an error."""
-    return {"error": str(error)}
 
 
 def _v1_bodies(payload: Any, model: str) -> list[dict[str, Any]]:

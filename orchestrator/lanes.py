@@ -45,7 +45,7 @@ class Sequence:
 
     def take_back(self, position: int) -> None:
         """The stages hold only `position` tokens (or fewer than was thought): the rest is sent again."""
-        self.cached = min(self.cached, position)
+        self.cached = max(0, min(self.cached, position))
 
     def accept(self, sampled: Sampled) -> Token:
         """Appends the sampled token and says whether it ends the sequence."""
@@ -61,7 +61,9 @@ class Sequence:
 def next_step(sequences: Items[Sequence], tokens_max: int) -> Step:
     """The next pass of a lane: every decoding sequence's one token, then prefill chunks, oldest first, until
     `tokens_max` tokens are reached. At least one sequence gets a slice."""
-    chosen = [s for s in sequences if s.decoding][:tokens_max]
+    # those with the shortest answers first: if not all fit, none waits for ever
+    decoding = sorted((s for s in sequences if s.decoding), key=lambda s: s.generated)
+    chosen = decoding[:tokens_max]
     left = tokens_max - len(chosen)
     slices = [Slice(s.id, s.cached, 1) for s in chosen]
     for sequence in sequences:
@@ -78,7 +80,11 @@ def next_step(sequences: Items[Sequence], tokens_max: int) -> Step:
 
 
 def progress(sequences: Items[Sequence], step: Step, samples: Items[Sampled]) -> list[tuple[Sequence, Token]]:
-    """Books an answered step: what is cached now, and the new tokens. Raises KeyError for an answer to another step."""
+    """Books an answered step: what is cached now, and the new tokens. Raises ValueError for an answer to another
+    step, before anything is booked."""
+    asked = [(piece.sequence, piece.end) for piece in step.slices if piece.sample]
+    if [(sampled.sequence, sampled.position) for sampled in samples] != asked:
+        raise ValueError(f"{len(samples)} samples came back that are not the {len(asked)} asked for")
     by_id = {s.id: s for s in sequences}
     for piece in step.slices:
         by_id[piece.sequence].cached = piece.end

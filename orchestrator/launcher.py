@@ -108,7 +108,10 @@ def stage_name(index: int) -> str:
 
 def stage_environment(plan: Plan, index: int, settings: LaunchSettings) -> dict[str, str]:
     """The variables that tell `python -m functions` which stage it is."""
-    budget = {} if settings.kv_bytes_max is None else {"STAGE_KV_BYTES_MAX": str(settings.kv_bytes_max)}
+    # all stages run on one machine and, unless told otherwise, on one device
+    budget = {"STAGE_KV_SHARE": str(1 / len(plan.stages))}
+    if settings.kv_bytes_max is not None:
+        budget = {"STAGE_KV_BYTES_MAX": str(settings.kv_bytes_max)}
     return {
         **budget,
         "STAGE_MODEL": plan.model,

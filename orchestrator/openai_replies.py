@@ -222,9 +222,11 @@ def _legacy_logprobs(tokens: Sequence[Token], offsets: Sequence[int], tokenizer:
         tokens=[tokenizer.token_text(token.id) for token in tokens],
         token_logprobs=[_finite(token.logprob) for token in tokens],
         # two tokens may read the same: the likelier one keeps the name
+        # and the chosen one is always there
         top_logprobs=[
-            {tokenizer.token_text(other): _finite(logprob) for other, logprob in reversed(token.top)}
+            {tokenizer.token_text(other): _finite(value) for other, value in (*reversed(token.top), chosen)}
             for token in tokens
+            for chosen in [(token.id, token.logprob)]
         ],
         text_offset=list(offsets),
     )

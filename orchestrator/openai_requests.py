@@ -24,6 +24,8 @@ from orchestrator.tokenizer import TokenizerError
 N_MAX = 16
 STOPS_MAX = 16
 STOP_CHARACTERS_MAX = 1024
+# OpenAI's default is the whole context, which would reserve KV memory for it
+CHAT_TOKENS_DEFAULT = 2048
 COMPLETION_TOKENS_DEFAULT = 16
 
 # known to OpenAI's clients, and left out here on purpose
@@ -238,7 +240,7 @@ def chat_work(service: Service, request: ChatRequest) -> Work:
     # the template writes the special tokens itself
     ids = _encode(service, text, "messages", add_special_tokens=False)
     limit = request.max_completion_tokens or request.max_tokens
-    return _work(service, request, (Prompt(ids),), limit, None, continues=False, param="messages")
+    return _work(service, request, (Prompt(ids),), limit, CHAT_TOKENS_DEFAULT, continues=False, param="messages")
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -254,7 +256,7 @@ def _work(
     request: CompletionRequest | ChatRequest,
     prompts: tuple[Prompt, ...],
     limit: int | None,
-    default: int | None,
+    default: int,
     *,
     continues: bool,
     param: str = "prompt",
@@ -265,14 +267,14 @@ def _work(
         )
     # any whole number is a seed: those outside the range are folded into it
     seed = secrets.randbelow(SEED_BOUND) if request.seed is None else request.seed % SEED_BOUND
-    choices = []
+    choices: list[Choice] = []
     for prompt in prompts:
         most = _tokens_left(service, prompt, limit, default, param)
-        for i in range(request.n):
+        for _ in range(request.n):
             generation = GenerationRequest(
                 prompt.ids,
                 most,
-                _params(service, request, choice_seed(seed, i)),
+                _params(service, request, choice_seed(seed, len(choices))),
                 frozenset() if request.ignore_eos else service.tokenizer.eos_ids,
             )
             choices.append(Choice(generation, request.stop, continues))
@@ -291,7 +293,7 @@ def _params(service: Service, request: CompletionRequest | ChatRequest, seed: in
         raise invalid(str(error), str(error).split(maxsplit=1)[0]) from None
 
 
-def _tokens_left(service: Service, prompt: Prompt, limit: int | None, default: int | None, param: str) -> int:
+def _tokens_left(service: Service, prompt: Prompt, limit: int | None, default: int, param: str) -> int:
     context, length = service.generator.context_length, len(prompt.ids)
     if length == 0:
         raise invalid("the prompt is empty; it must hold at least one token", param, "empty_prompt")
@@ -302,7 +304,7 @@ def _tokens_left(service: Service, prompt: Prompt, limit: int | None, default: i
             "context_length_exceeded",
         )
     if limit is None:
-        return context - length if default is None else min(default, context - length)
+        return min(default, context - length)
     if length + limit > context:
         raise invalid(
             f"the model's context is {context} tokens; the prompt has {length} and max_tokens asks for {limit} more",

@@ -23,6 +23,7 @@ import structlog
 import uvloop
 
 from functions.contract.checkpoint import CheckpointError
+from functions.contract.logs import configure_logs
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
 from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
@@ -90,6 +91,7 @@ def serve(
 
         from orchestrator.grpc_server import bound_to
         from orchestrator.kserve_model import StagedModel
+        from orchestrator.kserve_parts import FixedModels, StagedDataPlane
 
     kserve.model_server.GRPCServer = bound_to(settings.host, settings.body_bytes_max)
     prepare_app(app, service, body_bytes_max=settings.body_bytes_max)
@@ -109,6 +111,8 @@ def serve(
         enable_latency_logging=False,
         grace_period=settings.grace_s,
     )
+    server.dataplane = StagedDataPlane(server.registered_models, service)
+    server.model_repository_extension = FixedModels(server.registered_models)
     quieten_kserve()
     server.register_model(StagedModel(service))
     _log.info("serving", model=service.name, http_port=settings.http_port, grpc_port=settings.grpc_port)
@@ -177,23 +181,6 @@ def bare_argv() -> Iterator[None]:
         yield
     finally:
         sys.argv = given
-
-
-def configure_logs(*, as_json: bool) -> None:
-    """Our log goes to stderr: JSON for machines, aligned columns in a terminal."""
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if as_json
-        else structlog.dev.ConsoleRenderer(
-            exception_formatter=structlog.dev.plain_traceback  # without local variables, which would hold prompts
-        )
-    )
-    processors: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
-    if as_json:
-        processors.append(structlog.processors.format_exc_info)
-    structlog.configure(
-        processors=[*processors, renderer], logger_factory=structlog.PrintLoggerFactory(file=sys.stderr)
-    )
 
 
 def quieten_kserve() -> None:

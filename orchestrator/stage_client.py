@@ -21,6 +21,7 @@ from functions.contract.messages import StageInfo
 
 _SOURCE = f"/stagecraft/orchestrator/{uuid.uuid4().hex[:12]}"
 _counter = itertools.count(1)
+_REPLIES = {events.WAKE: events.WOKEN, events.STEP: events.STEPPED, events.RELEASE: events.RELEASED}
 
 
 class StageUnreachable(Exception):
@@ -61,12 +62,12 @@ class StageClient:
         try:
             async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
                 content = await response.read()
-                return self._reply(response, content)
+                return self._reply(response, content, _REPLIES[kind])
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
             raise StageUnreachable(f"stage {self.index} at {url} gave no reply: {reason}") from error
 
-    def _reply(self, response: aiohttp.ClientResponse, content: bytes) -> Event:
+    def _reply(self, response: aiohttp.ClientResponse, content: bytes, expected: str) -> Event:
         try:
             reply = events.from_http_request(response.headers, content)
         except InvalidEvent:
@@ -74,7 +75,7 @@ class StageClient:
             raise StageUnreachable(f"stage {self.index} answered {response.status}, no event: {text}") from None
         if reply.type == events.ERROR:
             raise self._error(content)
-        if response.status != 200:
+        if response.status != 200 or reply.type != expected:
             raise StageUnreachable(f"stage {self.index} answered {reply.type} with status {response.status}")
         return reply
 

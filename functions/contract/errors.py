@@ -15,6 +15,7 @@ An unknown sequence is a `WrongPosition` whose position is 0: the remedy, replay
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -41,19 +42,19 @@ class PlanMismatch(StageError):
 
 
 class WrongPosition(StageError):
-    """`position` is how many tokens of `sequence` the stage has cached: a step must start there or earlier."""
+    """`positions` says how many tokens of a sequence the stage has cached, for each sequence of the step that starts
+    past that: a step must start there or earlier."""
 
     code = "wrong_position"
     status = 409
     retriable = True
 
-    def __init__(self, message: str, *, sequence: int = 0, position: int = 0) -> None:
+    def __init__(self, message: str, positions: Mapping[int, int]) -> None:
         super().__init__(message)
-        self.sequence = sequence
-        self.position = position
+        self.positions = dict(positions)
 
     def to_json(self) -> dict[str, Any]:
-        return {**super().to_json(), "sequence": self.sequence, "position": self.position}
+        return {**super().to_json(), "positions": {str(s): position for s, position in self.positions.items()}}
 
 
 class EventTooLarge(StageError):
@@ -103,7 +104,7 @@ def from_json(data: Any) -> StageError:
     try:
         kind, message = _BY_CODE[data["code"]], str(data["message"])
         if kind is WrongPosition:
-            return WrongPosition(message, sequence=int(data["sequence"]), position=int(data["position"]))
-    except (KeyError, TypeError, ValueError, OverflowError):
+            return WrongPosition(message, {int(s): int(position) for s, position in data["positions"].items()})
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return StageFailure(f"the stage answered an error that is not one of ours: {str(data)[:200]}")
     return kind(message)

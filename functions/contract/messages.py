@@ -205,6 +205,10 @@ class StageInfo:
     def kv_tokens_max(self) -> int:
         return self.kv_bytes_max // max(1, self.kv_bytes_per_token)
 
+    @property
+    def kv_tokens_free(self) -> int:
+        return (self.kv_bytes_max - self.kv_bytes_used) // max(1, self.kv_bytes_per_token)
+
 
 def encode_release(sequences: Sequence[int]) -> bytes:
     """Data of a release event: the caches of these sequences may go. Unknown ones are no error."""

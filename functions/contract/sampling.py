@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300  # entries; they travel in a step's header
 SEED_BOUND = 1 << 53  # seeds travel as JSON numbers, exact up to 2^53
 
 
@@ -41,6 +42,8 @@ class SamplingParams:
         _within("seed", self.seed, 0, SEED_BOUND - 1)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias may have {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}")
         for token, bias in self.logit_bias.items():
             _within("logit_bias token", token, 0, 1 << 31)
             _within(f"logit_bias of token {token}", bias, -100.0, 100.0)

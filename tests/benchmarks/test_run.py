@@ -26,10 +26,7 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
 
 
-SLOW = {"throughput", "startup", "memory"}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in EXPECTED])
+@pytest.mark.parametrize("name", EXPECTED)
 def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / "new" / "figures.json"
     done = run(root, "--quick", "--json", "--only", name, "--output", str(output))

@@ -254,7 +254,7 @@ def test_unknown_sequence_is_told_position_0(
     body = b"".join(step_of((UNKNOWN, 3, [1])).to_body())
     error = refusal(stages[0].post(stages[0].headers(events.STEP, events.TENSORS), body))
     assert isinstance(error, WrongPosition)
-    assert (error.status, error.sequence, error.position) == (409, UNKNOWN, 0)
+    assert (error.status, error.positions) == (409, {UNKNOWN: 0})
     bystander.goes_on()
 
 
@@ -263,7 +263,7 @@ def test_gap_is_told_the_position(stages: list[Any], bystander: Bystander, step_
     body = b"".join(step_of((6, 5, [1])).to_body())
     error = refusal(stages[0].post(stages[0].headers(events.STEP, events.TENSORS), body))
     assert isinstance(error, WrongPosition)
-    assert (error.sequence, error.position) == (6, 3)
+    assert error.positions == {6: 3}
     assert stages[0].release(6) == [6]
     bystander.goes_on()
 

@@ -236,7 +236,7 @@ ERRORS: list[StageError] = [
     *(kind("what happened") for kind in (errors.InvalidEvent, errors.PlanMismatch, errors.EventTooLarge)),
     *(kind("what happened") for kind in (errors.PromptTooLong, errors.KvExhausted, errors.StageFailure)),
     errors.NotReady("what happened"),
-    errors.WrongPosition("what happened", sequence=7, position=41),
+    errors.WrongPosition("what happened", {7: 41, 9: 0}),
 ]
 
 
@@ -250,8 +250,10 @@ def test_error_survives_json(error: StageError) -> None:
 @pytest.mark.parametrize(
     "data",
     [None, [], "text", {}, {"code": "new"}, {"code": ["x"]}, {"code": None},
-     {"code": "wrong_position", "position": "x"}, {"code": "wrong_position", "position": None},
-     {"code": "wrong_position", "sequence": [1]}, {"code": "wrong_position", "position": float("inf")}],
+     {"code": "wrong_position", "message": "", "positions": "x"},
+     {"code": "wrong_position", "message": "", "positions": {"a": 1}},
+     {"code": "wrong_position", "message": "", "positions": {"1": None}},
+     {"code": "wrong_position", "message": "", "positions": {"1": float("inf")}}],
     ids=str,
 )  # fmt: skip
 def test_unreadable_error_becomes_a_failure_that_quotes_it(data: Any) -> None:

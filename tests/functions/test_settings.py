@@ -33,7 +33,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "MODEL": "s3://b/m", "BLOCKS": "0:3", "INDEX": "1", "COUNT": "4", "PLAN": "ab", "MODEL_NAME": "n",
         "DTYPE": "bfloat16", "DEVICE": "cuda:1", "KV_BYTES_MAX": "123", "BODY_BYTES_MAX": "456", "THREADS": "2",
-        "REPLICA": "10.0.0.1:8012",
+        "REPLICA": "10.0.0.1:8012", "KV_SHARE": "0.5",
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(f"STAGE_{name}", value)

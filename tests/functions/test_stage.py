@@ -177,7 +177,7 @@ def test_gap_names_the_position(stage_of: StageOf, step_of: StepOf, held: int, s
         stage.step(step_of((1, 0, PROMPT[:held])))
     with pytest.raises(WrongPosition, match=f"has {held} tokens") as caught:
         stage.step(step_of((1, start, [1])))
-    assert (caught.value.sequence, caught.value.position) == (1, held)
+    assert caught.value.positions == {1: held}
     assert stage.kv.position(1) == held
 
 
@@ -188,7 +188,7 @@ def test_released_sequence_is_unknown_again(stage_of: StageOf, step_of: StepOf) 
     assert stage.kv.bytes_used == 0
     with pytest.raises(WrongPosition) as caught:
         stage.step(step_of((1, len(PROMPT), [1])))
-    assert caught.value.position == 0
+    assert caught.value.positions == {1: 0}
 
 
 # -- refusals change nothing

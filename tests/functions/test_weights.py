@@ -178,7 +178,7 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor
     ("span", "name", "named"),
     [
         ("0:4", "model.layers.2.mlp.up_proj.weight", "layers.2.mlp.up_proj.weight"),
-        ("1:3", "model.layers.2.mlp.up_proj.weight", "layers.1.mlp.up_proj.weight"),
+        ("1:3", "model.layers.2.mlp.up_proj.weight", "layers.2.mlp.up_proj.weight"),
         ("0:2", EMBEDDING, EMBEDDING),
         ("2:4", HEAD, HEAD),
         ("2:4", NORM, NORM),

@@ -1,0 +1,40 @@
+"""What KServe's server says and allows where its own answer would be wrong for a chain of stages.
+
+KServe 0.21: readiness of the server is always true (protocol/dataplane.py), and any client may unload the model, which
+then is gone for everybody (protocol/model_repository_extension.py).
+"""
+
+from __future__ import annotations
+
+from kserve.errors import ModelNotFound
+from kserve.model_repository import ModelRepository
+from kserve.protocol.dataplane import DataPlane
+from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+
+from orchestrator.choices import Service
+
+
+class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
+    """Ready when the stages are: for /v2/health/ready and gRPC ServerReady."""
+
+    def __init__(self, registry: ModelRepository, service: Service) -> None:
+        super().__init__(model_registry=registry)
+        self._service = service
+
+    async def ready(self) -> bool:
+        return self._service.generator.ready
+
+
+class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]
+    """The one model stays: loading it is nothing to do, unloading is refused."""
+
+    async def load(self, model_name: str) -> None:
+        self._check(model_name)
+
+    async def unload(self, model_name: str) -> None:
+        self._check(model_name)
+        raise NotImplementedError("the model cannot be unloaded by clients; stop the server instead")
+
+    def _check(self, model_name: str) -> None:
+        if self._model_registry.get_model(model_name) is None:
+            raise ModelNotFound(model_name)
