@@ -36,6 +36,7 @@ POLL_S = 0.05
 PROBE_TIMEOUT_S = 2.0
 ORCHESTRATOR_GRACE_S = 5.0  # running answers may end
 STAGE_GRACE_S = 3.0
+CULPRIT_WAIT_S = 1.0
 
 State = Literal["starting", "loading", "ready"]
 Observe = Callable[[str, State], None]
@@ -190,15 +191,23 @@ class Deployment:
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait({task, *self._exits}, return_when=asyncio.FIRST_COMPLETED)
-            for ended, child in self._exits.items():
-                if ended.done():
-                    raise LaunchError(_obituary(child, child.how_it_ended()))
+            if any(ended.done() for ended in self._exits):
+                culprit = await self._culprit()
+                raise LaunchError(_obituary(culprit, culprit.how_it_ended()))
             return await task
         finally:
             task.cancel()
             await asyncio.wait({task})
             if not task.cancelled():
                 task.exception()  # has been seen: it came together with the end of a process, which says more
+
+    async def _culprit(self) -> Child:
+        """Of the processes that have ended, the one to blame: the orchestrator ends when a stage has failed, and may
+        be faster in that."""
+        stage_exits = [ended for ended, child in self._exits.items() if child is not self.orchestrator]
+        await asyncio.wait(stage_exits, timeout=CULPRIT_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+        # stages come first
+        return next(child for ended, child in self._exits.items() if ended.done())
 
     async def stop(self) -> None:
         """Ends all processes, the orchestrator first; after a while, or when cancelled, with SIGKILL."""
@@ -274,7 +283,7 @@ async def _probe(client: httpx.AsyncClient, child: Child, url: str, observe: Obs
     observe(child.name, seen)
     while seen != "ready":
         state = await _ask(client, child, url)
-        if state != seen:
+        if state != seen and state != "starting":  # what loads does not start again
             observe(child.name, state)
             seen = state
         if state != "ready":

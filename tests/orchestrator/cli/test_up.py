@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[3]
 FREE_PORTS = ("--port", "0", "--grpc-port", "0")
@@ -238,4 +239,75 @@ def test_a_log_folder_without_room_is_named(tiny_checkpoint: Path, tmp_path: Pat
     done = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT, env=ENV, check=False)
     assert done.returncode == 1
     assert f"cannot write logs to {tmp_path}" in done.stderr
+    assert children_of(tiny_checkpoint) == []
+
+
+def test_a_taken_grpc_port_is_named_with_the_option(tiny_checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run("up", str(tiny_checkpoint), "--stages", "2", "--port", "0", "--grpc-port", port)
+    assert done.returncode == 2
+    assert f"port {port} " in done.stderr
+    assert "--grpc-port" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert children_of(tiny_checkpoint) == []
+
+
+def test_the_curl_line_of_the_banner_works(tiny_checkpoint: Path) -> None:
+    line = argv("up", str(tiny_checkpoint), "--stages", "2", "--threads", "1", *FREE_PORTS)
+    # standard error to no one: a pipe that nobody reads could fill up
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT, "env": ENV}
+    with subprocess.Popen(line, **options) as process:
+        assert process.stdout is not None
+        try:
+            banner = read_until(process.stdout, "  stagecraft generate ")
+            (curl,) = (text for text in banner if text.startswith("  curl "))
+            asked = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=False)
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
+        finally:
+            process.kill()
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["choices"][0]["text"]
+    assert code == 0
+    assert children_of(tiny_checkpoint) == []
+
+
+def read_until(stream: IO[str], start: str) -> list[str]:
+    """The lines up to the one that starts so, which comes last."""
+    lines: list[str] = []
+    for line in stream:
+        lines.append(line)
+        if line.startswith(start):
+            return lines
+    pytest.fail(f"no line starts with {start!r}: {lines}")
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(
+    tiny_checkpoint: Path, tmp_path: Path, tensor: str
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "holed"))
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights[tensor]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    done = run("up", str(checkpoint), "--stages", "2", "--log-dir", str(tmp_path), *FREE_PORTS)
+    assert done.returncode == 1
+    assert tensor in done.stderr
+    assert "Traceback" not in done.stderr
+    assert children_of(checkpoint) == []
+
+
+def test_a_plan_whose_stages_overlap_is_refused_with_its_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.yaml"
+    planned = run("plan", str(tiny_checkpoint), "--stages", "2", "-o", str(file))
+    assert planned.returncode == 0, planned.stderr
+    lines = file.read_text().splitlines()
+    first, second = (number for number, line in enumerate(lines) if line.startswith("  - blocks:"))
+    lines[first], lines[second] = '  - blocks: "0:2"', '  - blocks: "1:4"'
+    file.write_text("\n".join(lines) + "\n")
+    done = run("up", "--plan", str(file), *FREE_PORTS)
+    assert done.returncode == 2
+    assert f"{file}:{second + 1}: stages 0 and 1 overlap: block 1" in done.stderr
+    assert "Traceback" not in done.stderr
     assert children_of(tiny_checkpoint) == []

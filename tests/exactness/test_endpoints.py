@@ -1,0 +1,458 @@
+"""The whole path, client → orchestrator process → stage processes: answers equal generate, whatever the protocol.
+
+Stage processes import this module, so openai and kserve are imported only where they are used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing.reduction
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+NAME, PLAN = "whole", "endpoints-plan"
+VOCABULARY, CONTEXT, BODY_BYTES_MAX = 257, 4096, 100_000
+CUTS = {1: ["0:4"], 2: ["0:2", "2:4"], 3: ["0:1", "1:3", "3:4"], 4: ["0:1", "1:2", "2:3", "3:4"]}
+NEW_TOKENS = 20
+BESIDE_TOKENS = 150  # of a stream that outlasts some requests beside it
+ENDLESS = 4000  # more tokens than any test waits for
+GREEDY = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+POLLS, POLL_S = 600, 0.05
+
+every_cut = pytest.mark.parametrize("system", CUTS, indirect=True)
+two_stages = pytest.mark.parametrize("system", [2], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with its tokenizer, but a long context and weights so large that every token matters."""
+    from transformers import LlamaForCausalLM
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("endpoints") / "tiny"))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.config.max_position_embeddings = CONTEXT
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What Transformers' generate answers to each of the prompts, greedy."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+
+    def generate(prompt: Sequence[int]) -> list[int]:
+        ids = torch.tensor([list(prompt)])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+    return [generate(prompt) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class System:
+    """One orchestrator process and its stages, ready."""
+
+    url: str
+    grpc: str
+    stage_urls: list[str]
+
+    def sequences(self) -> list[float]:
+        """Sequences that each stage holds."""
+        return [metric(url, "stagecraft_stage_sequences") for url in self.stage_urls]
+
+    def tokens(self) -> float:
+        """Tokens that went through the first stage so far."""
+        return metric(self.stage_urls[0], "stagecraft_stage_tokens_total")
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} "))
+
+
+def run_stage(listener: Any, environment: dict[str, str]) -> None:
+    from functions.server import serve
+
+    os.environ.update(environment)
+    os._exit(serve(listener.detach()))
+
+
+@contextmanager
+def stage(context: Any, environment: dict[str, str]) -> Iterator[str]:
+    """The URL of a stage process from the fork server."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        handle = multiprocessing.reduction.DupFd(listener.fileno())
+        process = context.Process(target=run_stage, args=(handle, environment), daemon=True)
+        process.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            process.terminate()
+            process.join(10)
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def orchestrator(root: Path, log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    settings = {f"ORCHESTRATOR_{name}": value for name, value in environment.items()}
+    full = {**os.environ, **settings, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-P", "-m", "orchestrator.server"]
+    with log.open("wb") as output, subprocess.Popen(argv, env=full, stdout=output, stderr=output) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+def free_ports() -> list[int]:
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        return [first.getsockname()[1], second.getsockname()[1]]
+
+
+def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(4 * POLLS):
+        if process.poll() is not None:
+            pytest.fail(f"the orchestrator ended with {process.returncode}:\n{log.read_text()}")
+        try:
+            if httpx.get(f"{url}/v2/models/{NAME}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(POLL_S)
+    pytest.fail(f"the orchestrator never became ready:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def system(
+    request: pytest.FixtureRequest,
+    root: Path,
+    checkpoint: Path,
+    fork_server: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[System]:
+    spans = CUTS[request.param]
+    log = tmp_path_factory.mktemp("orchestrator") / "log"
+    http_port, grpc_port = free_ports()
+    with ExitStack() as running:
+        urls = [
+            running.enter_context(
+                stage(
+                    fork_server,
+                    {
+                        "STAGE_MODEL": str(checkpoint),
+                        "STAGE_BLOCKS": span,
+                        "STAGE_INDEX": str(index),
+                        "STAGE_COUNT": str(len(spans)),
+                        "STAGE_PLAN": PLAN,
+                        "STAGE_THREADS": "1",
+                    },
+                )
+            )
+            for index, span in enumerate(spans)
+        ]
+        settings = {
+            "MODEL": str(checkpoint),
+            "MODEL_NAME": NAME,
+            "STAGE_URLS": ",".join(urls),
+            "PLAN": PLAN,
+            "HOST": "127.0.0.1",
+            "HTTP_PORT": str(http_port),
+            "GRPC_PORT": str(grpc_port),
+            "BODY_BYTES_MAX": str(BODY_BYTES_MAX),
+        }
+        process = running.enter_context(orchestrator(root, log, settings))
+        url = f"http://127.0.0.1:{http_port}"
+        wait_ready(url, process, log)
+        yield System(url, f"127.0.0.1:{grpc_port}", urls)
+
+
+@pytest.fixture
+async def openai_client(system: System) -> AsyncIterator[Any]:
+    from openai import AsyncOpenAI
+
+    async with AsyncOpenAI(base_url=f"{system.url}/openai/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+EXTRA = {"ignore_eos": True, "return_token_ids": True}
+
+
+async def whole(client: Any, prompt: list[int], **options: Any) -> tuple[str, list[int]]:
+    """Text and token ids of an answer in one piece."""
+    options = {"temperature": 0, "max_tokens": NEW_TOKENS, **options}
+    reply = await client.completions.create(model=NAME, prompt=prompt, extra_body=EXTRA, **options)
+    (choice,) = reply.choices
+    assert choice.finish_reason == "length"
+    assert reply.usage.prompt_tokens == len(prompt)
+    return choice.text, choice.model_extra["token_ids"]
+
+
+async def streamed(client: Any, prompt: list[int], **options: Any) -> tuple[str, list[int]]:
+    """The same from a stream."""
+    options = {"temperature": 0, "max_tokens": NEW_TOKENS, **options}
+    stream = await client.completions.create(model=NAME, prompt=prompt, stream=True, extra_body=EXTRA, **options)
+    text, ids = "", []
+    async with stream:
+        async for chunk in stream:
+            for choice in chunk.choices:
+                text += choice.text
+                ids += choice.model_extra["token_ids"]
+    return text, ids
+
+
+@every_cut
+async def test_eight_completions_at_once_equal_generate(
+    system: System, openai_client: Any, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    answers = await asyncio.gather(*(whole(openai_client, prompt) for prompt in prompts))
+    assert [ids for _, ids in answers] == expected
+    assert len({tuple(ids) for ids in expected}) == len(prompts)  # else an answer to another prompt would pass
+
+
+@every_cut
+async def test_streamed_answers_are_those_in_one_piece(
+    system: System, openai_client: Any, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    both = [call(openai_client, prompt) for call in (whole, streamed) for prompt in prompts]
+    answers = await asyncio.gather(*both)
+    assert answers[len(prompts) :] == answers[: len(prompts)]
+    assert [ids for _, ids in answers[len(prompts) :]] == expected
+
+
+@pytest.fixture(scope="module")
+def first_drawn() -> dict[int, list[int]]:
+    """By seed, what the first number of stages drew."""
+    return {}
+
+
+@every_cut
+async def test_a_seed_draws_the_same_tokens_for_every_number_of_stages(
+    system: System,
+    openai_client: Any,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    first_drawn: dict[int, list[int]],
+) -> None:
+    seeds = (7, 2**53 - 1)
+    calls = [call(openai_client, prompts[2], temperature=1, seed=seed) for seed in seeds for call in (whole, streamed)]
+    drawn = [ids for _, ids in await asyncio.gather(*calls)]
+    assert drawn[0] == drawn[1] == first_drawn.setdefault(seeds[0], drawn[0])
+    assert drawn[2] == drawn[3] == first_drawn.setdefault(seeds[1], drawn[2])
+    assert drawn[0] != drawn[2]
+    assert expected[2] not in drawn
+
+
+def ids_request(prompt: list[int], **parameters: Any) -> Any:
+    from kserve import InferInput, InferRequest
+
+    tensor = InferInput("input_ids", [1, len(prompt)], "INT64", data=prompt)
+    return InferRequest(NAME, [tensor], parameters={**GREEDY, **parameters})
+
+
+def output_ids(reply: Any) -> list[int]:
+    (ids,) = (output for output in reply.outputs if output.name == "output_ids")
+    return ids.as_numpy()[0].tolist()  # type: ignore[no-any-return]
+
+
+@two_stages
+async def test_v1_predict_equals_generate(system: System, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    from kserve import InferenceRESTClient
+    from kserve.inference_client import RESTConfig
+
+    instances = [{"prompt": prompt} for prompt in prompts]
+    async with InferenceRESTClient(RESTConfig(protocol="v1")) as client:
+        assert await client.is_model_ready(system.url, NAME)
+        reply = await client.infer(system.url, {"instances": instances, "parameters": GREEDY}, model_name=NAME)
+    assert [prediction["tokens"] for prediction in reply["predictions"]] == expected
+
+
+@two_stages
+async def test_v2_infer_over_rest_equals_generate(
+    system: System, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    from kserve import InferenceRESTClient
+    from kserve.inference_client import RESTConfig
+
+    async with InferenceRESTClient(RESTConfig(protocol="v2")) as client:
+        assert await client.is_server_live(system.url)
+        assert await client.is_model_ready(system.url, NAME)
+        calls = [client.infer(system.url, ids_request(prompt), model_name=NAME) for prompt in prompts]
+        assert [output_ids(reply) for reply in await asyncio.gather(*calls)] == expected
+
+
+@two_stages
+async def test_v2_infer_over_grpc_equals_generate(
+    system: System, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    from kserve import InferenceGRPCClient
+
+    async with InferenceGRPCClient(system.grpc) as client:
+        assert await client.is_server_live()
+        assert await client.is_model_ready(NAME)
+        replies = await asyncio.gather(*(client.infer(ids_request(prompt)) for prompt in prompts))
+    assert [output_ids(reply) for reply in replies] == expected
+
+
+async def until(met: Callable[[], bool], what: str) -> None:
+    for _ in range(POLLS):
+        if await asyncio.to_thread(met):
+            return
+        await asyncio.sleep(POLL_S)
+    pytest.fail(f"never happened: {what}")
+
+
+async def drop_stream(system: System, path: str, body: dict[str, Any]) -> None:
+    """Hangs up after some events."""
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", system.url + path, json=body) as reply:
+        assert reply.status_code == 200
+        events = 0
+        async for line in reply.aiter_lines():
+            events += line.startswith("data: ")
+            if events == 5:
+                return
+    pytest.fail("the stream ended by itself")
+
+
+async def drop_call(system: System, call: Any) -> None:
+    """Cancels a call without a stream once every stage works for it."""
+    task = asyncio.ensure_future(call)
+    await until(lambda: task.done() or system.sequences() == [1.0, 1.0], "all stages hold the sequence")
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def drop_openai_stream(system: System) -> None:
+    body = {"model": NAME, "prompt": "To be", **GREEDY, "max_tokens": ENDLESS, "stream": True}
+    await drop_stream(system, "/openai/v1/completions", body)
+
+
+async def drop_generate_stream(system: System) -> None:
+    body = {"text_input": "To be", "parameters": {**GREEDY, "max_tokens": ENDLESS}}
+    await drop_stream(system, f"/v2/models/{NAME}/generate_stream", body)
+
+
+async def drop_openai(system: System) -> None:
+    body = {"model": NAME, "prompt": "To be", **GREEDY, "max_tokens": ENDLESS}
+    async with httpx.AsyncClient(timeout=60) as client:
+        await drop_call(system, client.post(f"{system.url}/openai/v1/completions", json=body))
+
+
+async def drop_predict(system: System) -> None:
+    body = {"instances": ["To be"], "parameters": {**GREEDY, "max_tokens": ENDLESS}}
+    async with httpx.AsyncClient(timeout=60) as client:
+        await drop_call(system, client.post(f"{system.url}/v1/models/{NAME}:predict", json=body))
+
+
+async def drop_grpc(system: System) -> None:
+    from kserve import InferenceGRPCClient
+
+    async with InferenceGRPCClient(system.grpc) as client:
+        await drop_call(system, client.infer(ids_request([1, 2, 3], max_tokens=ENDLESS)))
+
+
+DROPS = {
+    "openai stream": drop_openai_stream,
+    "generate_stream": drop_generate_stream,
+    "openai": drop_openai,
+    "v1": drop_predict,
+    "grpc": drop_grpc,
+}
+
+
+@two_stages
+@pytest.mark.parametrize("way", DROPS)
+async def test_a_client_that_leaves_frees_every_stage(system: System, way: str) -> None:
+    await until(lambda: system.sequences() == [0.0, 0.0], "stages are idle")
+    before = system.tokens()
+    await DROPS[way](system)
+    await until(lambda: system.sequences() == [0.0, 0.0], "stagecraft_stage_sequences is 0.0 in every stage")
+    assert system.tokens() - before < ENDLESS  # it did not just run to its end
+
+
+def completion(**options: Any) -> tuple[str, dict[str, Any]]:
+    return "/openai/v1/completions", {"model": NAME, "prompt": "To be", "max_tokens": 4, **options}
+
+
+def predict(**body: Any) -> tuple[str, dict[str, Any]]:
+    return f"/v1/models/{NAME}:predict", body
+
+
+def infer(name: str, shape: list[int], datatype: str, data: list[Any]) -> tuple[str, dict[str, Any]]:
+    tensor = {"name": name, "shape": shape, "datatype": datatype, "data": data}
+    return f"/v2/models/{NAME}/infer", {"inputs": [tensor]}
+
+
+BAD: dict[str, tuple[tuple[str, Any], int]] = {
+    "broken JSON": (("/openai/v1/completions", b'{"model": '), 400),
+    "unknown model": (completion(model="other"), 404),
+    "unknown path": (("/openai/v1/poems", {}), 404),
+    "prompt too long": (completion(prompt=[1] * CONTEXT), 400),
+    "answer too long": (completion(max_tokens=CONTEXT), 400),
+    "wrong type": (completion(temperature="hot"), 400),
+    "wrong prompt": (completion(prompt={"text": "To be"}), 400),
+    "unknown parameter": (completion(beam_width=3), 400),
+    "n too large": (completion(n=1000), 400),
+    "no such token": (completion(prompt=[1, VOCABULARY]), 400),
+    "negative token": (completion(prompt=[-1]), 400),
+    "bias of no such token": (completion(logit_bias={str(VOCABULARY): 1}), 400),
+    "top_p out of range": (completion(top_p=2), 400),
+    "huge body": (("/openai/v1/completions", b" " * (BODY_BYTES_MAX + 1)), 413),
+    "bad chat": (("/openai/v1/chat/completions", {"model": NAME, "messages": [{"role": "ghost"}]}), 400),
+    "V1 without instances": (predict(instances=[]), 400),
+    "V1 unknown parameter": (predict(instances=["a"], parameters={"beam_width": 3}), 400),
+    "V1 broken JSON": ((f"/v1/models/{NAME}:predict", b"{"), 400),
+    "V2 shape": (infer("input_ids", [1, 3], "INT64", [1, 2]), 400),
+    "V2 type": (infer("input_ids", [1, 1], "FP32", [1.5]), 400),
+    "V2 unknown model": (("/v2/models/other/infer", {"inputs": []}), 404),
+    "generate": ((f"/v2/models/{NAME}/generate", {"text_input": 3}), 400),
+}
+
+
+@two_stages
+async def test_bad_requests_do_not_touch_a_stream_beside_them(
+    system: System, openai_client: Any, prompts: list[list[int]]
+) -> None:
+    undisturbed = await streamed(openai_client, prompts[1], max_tokens=BESIDE_TOKENS)
+    stream = asyncio.create_task(streamed(openai_client, prompts[1], max_tokens=BESIDE_TOKENS))
+    await until(lambda: system.sequences() == [1.0, 1.0], "the stream runs")
+    async with httpx.AsyncClient(base_url=system.url, timeout=60) as client:
+        statuses = await asyncio.gather(*(status_of(client, *request) for request, _ in BAD.values()))
+    assert not stream.done()  # else the requests were not beside it
+    assert dict(zip(BAD, statuses, strict=True)) == {name: status for name, (_, status) in BAD.items()}
+    assert await stream == undisturbed
+
+
+async def status_of(client: httpx.AsyncClient, path: str, body: Any) -> int:
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    reply = await client.post(path, content=content, headers={"content-type": "application/json"})
+    return reply.status_code

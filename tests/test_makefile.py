@@ -1,0 +1,72 @@
+"""`make run` as people type it, with the tests' own interpreter in place of the environment that make sets up."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def bin_folder(tmp_path: Path, root: Path) -> Path:
+    """A folder with a program `stagecraft`, which an environment without the package lacks."""
+    program = tmp_path / "stagecraft"
+    program.write_text(
+        f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(root))} exec {sys.executable} -m orchestrator.cli "$@"\n'
+    )
+    program.chmod(0o755)
+    return tmp_path
+
+
+def make(root: Path, bin_folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`make` with our programs; -o keeps it from installing anything."""
+    stamp = str(bin_folder / "stagecraft")
+    argv = ["make", *arguments, f"BIN={bin_folder}", f"STAMP={stamp}", "-o", stamp]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(argv, capture_output=True, text=True, cwd=root, env=env, check=False)
+
+
+def test_run_once_serves_answers_and_ends(root: Path, bin_folder: Path) -> None:
+    prompt = 'What\'s "in" a $name?'
+    done = make(root, bin_folder, "run", "ONCE=1", "PORT=0", "GRPC_PORT=0", f"PROMPT={prompt.replace('$', '$$')}")
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.strip()
+    assert text.startswith(prompt)
+    assert len(text) > len(prompt) + 20
+    assert "stage 1 (blocks" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "option"),
+    [
+        ("MODEL=./mine", "up ./mine "),
+        ("STAGES=3", "--stages 3"),
+        ("PORT=9000", "--port 9000"),
+        ("GRPC_PORT=9001", "--grpc-port 9001"),
+        ("ONCE=1", "--exit"),
+    ],
+)
+def test_variables_of_run_become_options(root: Path, bin_folder: Path, variable: str, option: str) -> None:
+    plain, changed = (make(root, bin_folder, "-n", "run", *more) for more in ([], [variable]))
+    assert (plain.returncode, changed.returncode) == (0, 0), changed.stderr
+    assert option in changed.stdout
+    assert option not in plain.stdout
+
+
+def test_a_failure_of_the_system_is_one_of_make(root: Path, bin_folder: Path) -> None:
+    done = make(root, bin_folder, "run", "ONCE=1", "PORT=0", "GRPC_PORT=0", "MODEL=./no/such/folder")
+    assert done.returncode == 2
+    assert "no/such/folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_command(root: Path, bin_folder: Path) -> None:
+    done = make(root, bin_folder)
+    assert done.returncode == 0, done.stderr
+    listed = {line.split()[1] for line in done.stdout.splitlines()}
+    assert {"run", "test", "lint", "format", "clean"} <= listed
