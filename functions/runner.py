@@ -108,6 +108,7 @@ class SequentialRunner:
     def run(
         self, sequences: Items[Sequence], slices: Items[Slice], tokens: torch.Tensor, hidden: torch.Tensor | None
     ) -> torch.Tensor:
+        self._start_anew([q for q, s in zip(sequences, slices, strict=True) if s.start not in (0, q.cached)])
         results, at = [], 0
         for sequence, piece in zip(sequences, slices, strict=True):
             part = slice(at, at + piece.length)
@@ -119,21 +120,23 @@ class SequentialRunner:
     def _one(self, sequence: Sequence, piece: Slice, tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         if piece.start == 0:
             sequence.cache = DynamicCache(config=self.model.config)
-        elif sequence.cached != piece.start:
-            self._start_anew(sequence)
         device = self.model.device
         positions = torch.arange(piece.start, piece.end, device=device)
         rows = torch.tensor([piece.length - 1] if piece.sample else [], dtype=torch.long, device=device)
         sequence.cached = piece.end
         return self.model.forward(tokens, hidden, positions, sequence.cache, rows)
 
-    def _start_anew(self, sequence: Sequence) -> None:
-        """Recurrent state and full windows have no way back, so no such cache is shortened."""
-        sequence.position = sequence.cached = 0
-        raise WrongPosition(
-            f"sequence {sequence.id}: this architecture cannot go back in its cache; replay it from 0",
-            {sequence.id: 0},
-        )
+    @staticmethod
+    def _start_anew(sequences: Items[Sequence]) -> None:
+        """Recurrent state and full windows have no way back, so no such cache is shortened. Raises WrongPosition
+        unless there is nothing to do."""
+        for sequence in sequences:
+            sequence.position = sequence.cached = 0
+        if sequences:
+            raise WrongPosition(
+                f"sequence {sequences[0].id}: this architecture cannot go back in its cache; replay it from 0",
+                {sequence.id: 0 for sequence in sequences},
+            )
 
     def _self_check(self) -> int:
         """Runs a short sequence; returns the bytes of its cache per token. Raises CheckpointError where the model keeps

@@ -105,7 +105,7 @@ class Chain:
         # what an orchestrator before this one left behind is not free
         self._kv_tokens_free = min(info.kv_tokens_free for info in infos)
         count = self.settings.lanes or len(infos)
-        self._lanes = [_Lane(secrets.token_hex(4), route=[None] * len(infos)) for _ in range(count)]
+        self._lanes = [_Lane(str(index), route=[None] * len(infos)) for index in range(count)]
         self._lane_tasks = [asyncio.create_task(self._run_lane(lane)) for lane in self._lanes]
         self.infos = tuple(infos)
 

@@ -63,7 +63,8 @@ def next_step(sequences: Items[Sequence], tokens_max: int) -> Step:
     `tokens_max` tokens are reached. At least one sequence gets a slice."""
     # those with the shortest answers first: if not all fit, none waits for ever
     decoding = sorted((s for s in sequences if s.decoding), key=lambda s: s.generated)
-    chosen = decoding[:tokens_max]
+    prefilling = len(decoding) < len(sequences)
+    chosen = decoding[: max(1, tokens_max - prefilling)]  # a prompt gets on by a token at least
     left = tokens_max - len(chosen)
     slices = [Slice(s.id, s.cached, 1) for s in chosen]
     for sequence in sequences:

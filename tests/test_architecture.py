@@ -24,6 +24,7 @@ FREE_OF_TORCH = [
     "orchestrator.planner",
     "orchestrator.server",
 ]
+UNPICKLERS = frozenset({"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"})
 FREE_OF_KSERVE = ["functions.contract.events", "orchestrator.chain", "orchestrator.cli", "orchestrator.launcher"]
 
 
@@ -89,6 +90,55 @@ def test_knative_imports_neither_of_the_others() -> None:
     """Holds trivially until `knative/` has code."""
     tops = {name.split(".")[0] for path in modules("knative") for name in imports(path)}
     assert tops.isdisjoint({"functions", "orchestrator"})
+
+
+def unsafe_loading(source: str) -> list[str]:
+    """What in a module could run code that lies in a checkpoint or in a message."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [name for name in names if name.split(".")[0] in UNPICKLERS]
+            found += [name for name in names if getattr(node, "module", "") == "torch" and name == "load"]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+            found.append("torch.load")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            found.append(node.func.id)
+        elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            found += [] if isinstance(node.value, ast.Constant) and node.value.value is False else [node.arg]
+        elif isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+            found.append(node.value)
+    return found
+
+
+@pytest.mark.parametrize("path", modules("functions", "orchestrator"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_was_loaded_is_run_as_code(path: Path) -> None:
+    """Weights are safetensors and models those of Transformers: a checkpoint is data, whoever made it."""
+    assert unsafe_loading(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import dill as quick",
+        "from joblib.numpy_pickle import load",
+        "import torch\ntorch.load(path)",
+        "import torch\nread = torch.load",
+        "from torch import load",
+        "build(path, trust_remote_code=True)",
+        "build(path, trust_remote_code=trusted)",
+        "build(path, **{'trust_remote_code': True})",
+        "eval(text)",
+    ],
+)
+def test_the_scan_sees_what_could_run_code(source: str) -> None:
+    assert unsafe_loading(source)
+
+
+def test_the_scan_lets_harmless_code_pass() -> None:
+    assert unsafe_loading("import json\njson.load(f)\nmodel.eval()\nbuild(path, trust_remote_code=False)") == []
 
 
 def test_every_module_has_a_docstring() -> None:

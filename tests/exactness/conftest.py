@@ -16,59 +16,21 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+import yaml
 
+from functions.contract import events
 from functions.contract.sampling import SamplingParams
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
 
 VOCABULARY = 211
 PLAN = "test-plan"
-_SMALL = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
-_GEMMA = {**_SMALL, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
-_OLD = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}
-_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": _SMALL,
-    "qwen3": {**_SMALL, "head_dim": 8},
-    "gemma2": _GEMMA,
-    "gemma3_text": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "mixtral": {**_SMALL, **_EXPERTS},
-    "phi3": _SMALL,
-    "gpt_oss": {**_SMALL, **_EXPERTS, "head_dim": 8, "sliding_window": 8},
-    "gpt2": _OLD,
-    "opt": {**_SMALL, "ffn_dim": 48, "word_embed_proj_dim": 24},
-    # beyond the required nine
-    "mistral": {**_SMALL, "sliding_window": 8},
-    "qwen2": _SMALL,
-    "qwen3_moe": {**_SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "granite": {**_SMALL, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    "cohere2": {**_SMALL, "sliding_window": 8, "logit_scale": 0.3},
-    "gpt_neox": {**_SMALL},
-    "olmo2": _SMALL,
-    "lfm2": _SMALL,
-    "starcoder2": {**_SMALL, "sliding_window": 8},
-    "exaone4": {**_SMALL, "sliding_window": 8},
-    # not packable: attention or caches of their own
-    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 4, "n_head": 4},
-    "falcon": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "gptj": {**_OLD, "rotary_dim": 4},
-    "mpt": {"vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 128},
-    "diffllama": _SMALL,
-    "llama4_text": {**_SMALL, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
-    "falcon_h1": {
-        **_SMALL, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
-    },
-    "deepseek_v3": {
-        **_SMALL, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-        "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16,
-    },
-}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parents[1] / "architectures.yaml").read_text()
+)
 
 
 @pytest.fixture(scope="session")
@@ -226,6 +188,18 @@ def answer() -> Callable[..., Any]:
         return [token.id async for token in chain.generate(request)]
 
     return collect
+
+
+@pytest.fixture(scope="session")
+def steps_taken() -> Callable[[str], int]:
+    """A stage's URL -> the step events that it has answered, by its own count."""
+
+    def count(url: str) -> int:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        counts = [line for line in lines if line.startswith("stagecraft_stage_events_total{")]
+        return int(sum(float(line.split()[-1]) for line in counts if f'type="{events.STEP}"' in line))
+
+    return count
 
 
 @pytest.fixture(scope="session")

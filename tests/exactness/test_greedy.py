@@ -27,3 +27,19 @@ async def test_tokens_equal_generate_alone_and_together(
     assert await answer(chain, prompts[1], NEW_TOKENS) == expected[1]
     together = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts))
     assert together == expected
+
+
+@pytest.mark.parametrize("stages", CUTS)
+async def test_together_takes_fewer_steps_than_one_by_one(
+    stages: int, start_stages: Any, open_chain: Any, answer: Any, prompts: Any, steps_taken: Any
+) -> None:
+    running = start_stages("llama", CUTS[stages])
+    chain = await open_chain(running)
+    one_by_one = [await answer(chain, prompt, NEW_TOKENS) for prompt in prompts]
+    steps_one_by_one = steps_taken(running.urls[0])
+    together = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts))
+    steps_together = steps_taken(running.urls[0]) - steps_one_by_one
+    assert together == one_by_one
+    assert steps_one_by_one == len(prompts) * NEW_TOKENS
+    # each lane goes once through the length of an answer, if its sequences share their steps
+    assert steps_together <= stages * (NEW_TOKENS + 2) < steps_one_by_one

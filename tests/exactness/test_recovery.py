@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from functions.contract.sampling import SamplingParams
-from orchestrator.chain import ChainSettings
+from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationError, GenerationRequest
 
-NEW_TOKENS = 40
+NEW_TOKENS = 24
 PARAMS = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=5)
+THIRDS = ["0:1", "1:3", "3:4"]
+
+
+async def answers_disturbed(chain: Chain, prompts: Sequence[Sequence[int]], disturb: Callable[[], Any]) -> Any:
+    """What each prompt is answered when `disturb` is called once, as some sequence has got its 5th token.
+
+    Nothing else runs before `disturb` returns, so no sequence can have more than a few tokens by then."""
+    progress = [0] * len(prompts)
+
+    async def one(index: int) -> list[int]:
+        tokens = []
+        async for token in chain.generate(GenerationRequest(tuple(prompts[index]), NEW_TOKENS, PARAMS)):
+            tokens.append(token.id)
+            progress[index] = len(tokens)
+            if len(tokens) == 5 and max(progress) == 5 and not disturbed:
+                disturbed.extend(progress)
+                disturb()
+        return tokens
+
+    disturbed: list[int] = []
+    answers = await asyncio.gather(*(one(index) for index in range(len(prompts))))
+    assert disturbed
+    assert max(disturbed) == 5 < NEW_TOKENS
+    return answers
+
+
+class Pause:
+    """A process that is stopped for some time and then goes on."""
+
+    def __init__(self, process: int, seconds: float) -> None:
+        self._process = process
+        self._seconds = seconds
+        self._end: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        os.kill(self._process, signal.SIGSTOP)
+        self._end = asyncio.create_task(self._go_on())
+
+    async def ended(self) -> None:
+        assert self._end is not None
+        await self._end
+
+    async def _go_on(self) -> None:
+        try:
+            await asyncio.sleep(self._seconds)
+        finally:
+            os.kill(self._process, signal.SIGCONT)
+
+
+def replays() -> float:
+    return REGISTRY.get_sample_value("stagecraft_replays_total") or 0.0
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -21,17 +76,80 @@ PARAMS = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=5)
 async def test_a_killed_stage_that_returns_empty_changes_no_token(
     architecture: str, lost: int, start_stages: Any, open_chain: Any, answer: Any, prompts: Any
 ) -> None:
-    stages = start_stages(architecture, ["0:1", "1:3", "3:4"])
-    chain = await open_chain(stages, ChainSettings(attempts=20))
+    stages = start_stages(architecture, THIRDS)
+    chain = await open_chain(stages)
     undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in prompts))
+    before = replays()
 
-    async def disturb() -> None:
-        await asyncio.sleep(0.15)
+    def disturb() -> None:
         stages.kill(lost)
         stages.start(lost)
 
-    disturbed = await asyncio.gather(disturb(), *(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in prompts))
-    assert disturbed[1:] == undisturbed
+    assert await answers_disturbed(chain, prompts, disturb) == undisturbed
+    assert replays() > before, "the stage was lost before it held anything, or after it had ended"
+
+
+async def test_a_full_lane_survives_the_loss_of_a_stage_with_the_usual_settings(
+    start_stages: Any, open_chain: Any, answer: Any, prompts: Any
+) -> None:
+    """All sequences of a lane replay, and they are more than there are attempts."""
+    stages = start_stages("llama", ["0:2", "2:4"])
+    chain = await open_chain(stages, ChainSettings(lanes=1))
+    many = [*prompts, *(prompt[::-1] for prompt in prompts)]
+    undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in many))
+
+    def disturb() -> None:
+        stages.kill(1)
+        stages.start(1)
+
+    assert await answers_disturbed(chain, many, disturb) == undisturbed
+
+
+async def test_two_stages_killed_at_once_change_no_token(
+    start_stages: Any, open_chain: Any, answer: Any, prompts: Any
+) -> None:
+    stages = start_stages("llama", THIRDS)
+    chain = await open_chain(stages)
+    undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in prompts))
+    before = replays()
+
+    def disturb() -> None:
+        for index in (0, 2):
+            stages.kill(index)
+        for index in (0, 2):
+            stages.start(index)
+
+    assert await answers_disturbed(chain, prompts, disturb) == undisturbed
+    assert replays() > before
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2])
+async def test_a_stage_that_stands_still_for_a_moment_changes_no_token(
+    stopped: int, start_stages: Any, open_chain: Any, answer: Any, prompts: Any
+) -> None:
+    """Steps time out and are sent again; when the stage goes on it finds the old ones too and answers them all."""
+    stages = start_stages("llama", THIRDS)
+    chain = await open_chain(stages, ChainSettings(attempts=100, backoff_s=0.01, step_timeout_s=0.3))
+    undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in prompts))
+    pause = Pause(stages.processes[stopped].pid, seconds=1.2)
+    assert await answers_disturbed(chain, prompts, pause.begin) == undisturbed
+    await pause.ended()
+    for url in stages.urls:
+        await _until_empty(url)
+
+
+async def test_a_full_lane_that_cannot_go_back_survives_a_stage_that_stands_still(
+    start_stages: Any, open_chain: Any, answer: Any, prompts: Any
+) -> None:
+    """The stage before it has computed the step and is asked for it again. Recurrent state has no way back, so all
+    sequences replay, and they are more than there are attempts."""
+    stages = start_stages("falcon_h1", ["0:2", "2:4"])
+    chain = await open_chain(stages, ChainSettings(lanes=1, backoff_s=0.01, step_timeout_s=2.0))
+    many = [*prompts, *(prompt[::-1] for prompt in prompts)]
+    undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in many))
+    pause = Pause(stages.processes[1].pid, seconds=3.0)
+    assert await answers_disturbed(chain, many, pause.begin) == undisturbed
+    await pause.ended()
 
 
 async def test_a_stage_that_stays_away_is_a_clear_error_and_nobody_hangs(

@@ -10,7 +10,8 @@ import pytest
 from functions.contract.sampling import SamplingParams
 from orchestrator.chain import ChainSettings
 
-CUTS = (["0:4"], ["0:3", "3:4"], ["0:1", "1:2", "2:3", "3:4"])
+REQUIRED = ("llama", "qwen3", "gemma2", "gemma3_text", "mixtral", "phi3", "gpt_oss", "gpt2", "opt")
+CUTS = (["0:4"], ["0:3", "3:4"], ["0:1", "1:2", "2:4"], ["0:1", "1:2", "2:3", "3:4"])
 PARAMS = {
     "plain": SamplingParams(temperature=1.0, seed=7),
     "filtered": SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.02, seed=11),
@@ -19,22 +20,42 @@ PARAMS = {
     ),
     "biased": SamplingParams(temperature=0.7, logit_bias={3: 5.0, 4: -100.0}, logprobs=5, seed=0),
 }
+FILTERED_AND_PENALISED = SamplingParams(
+    temperature=1.1, top_k=60, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.3, seed=13
+)
 NEW_TOKENS = 24
+FEW_TOKENS = 10
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_oss"])
 async def test_same_seed_same_tokens_whatever_the_stages_and_the_company(
-    architecture: str, start_stages: Any, open_chain: Any, answer: Any, prompts: Any
+    start_stages: Any, open_chain: Any, answer: Any, prompts: Any
 ) -> None:
     seen = []
     for cut in CUTS:
-        chain = await open_chain(start_stages(architecture, cut))
+        chain = await open_chain(start_stages("llama", cut))
         alone = [await answer(chain, prompts[2], NEW_TOKENS, params) for params in PARAMS.values()]
         crowd = [answer(chain, prompt, NEW_TOKENS, params) for prompt in prompts for params in PARAMS.values()]
         together = await asyncio.gather(*crowd)
         assert together[2 * len(PARAMS) : 3 * len(PARAMS)] == alone
         seen.append(together)
-    assert seen[0] == seen[1] == seen[2]
+    assert seen == [seen[0]] * len(CUTS)
+
+
+@pytest.mark.parametrize("architecture", REQUIRED)
+async def test_every_required_architecture_draws_the_same_tokens_in_any_number_of_stages(
+    architecture: str, start_stages: Any, open_chain: Any, answer: Any, prompts: Any
+) -> None:
+    seen = []
+    for cut in CUTS:
+        chain = await open_chain(start_stages(architecture, cut))
+        alone = await answer(chain, prompts[2], FEW_TOKENS, FILTERED_AND_PENALISED)
+        wanted = [(prompt, params) for prompt in prompts for params in (PARAMS["plain"], FILTERED_AND_PENALISED)]
+        together = await asyncio.gather(*(answer(chain, prompt, FEW_TOKENS, params) for prompt, params in wanted))
+        assert together[5] == alone
+        assert len({tuple(tokens) for tokens in together}) > len(prompts), "what is compared must differ"
+        seen.append(together)
+        await chain.close()
+    assert seen == [seen[0]] * len(CUTS)
 
 
 async def test_another_seed_gives_other_tokens(start_stages: Any, open_chain: Any, answer: Any, prompts: Any) -> None:
