@@ -76,7 +76,7 @@ class Chain:
         self._stages: list[StageClient] = []
         self._lanes: list[_Lane] = []
         self._waiting: deque[_Job] = deque()
-        self._kv_tokens_free = 0
+        self._kv_tokens_max = self._kv_tokens_free = 0
         self._lane_tasks: list[asyncio.Task[None]] = []
         self._releases: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
@@ -102,8 +102,8 @@ class Chain:
         self._stages = [StageClient(self._session, i, url, self._plan) for i, url in enumerate(self._urls)]
         infos = await asyncio.gather(*(self._wake(stage) for stage in self._stages))
         _check_chain(infos)
-        # what an orchestrator before this one left behind is not free
-        self._kv_tokens_free = min(info.kv_tokens_free for info in infos)
+        # what an orchestrator before this one left behind is not free, and nobody will free it
+        self._kv_tokens_max = self._kv_tokens_free = min(info.kv_tokens_free for info in infos)
         count = self.settings.lanes or len(infos)
         self._lanes = [_Lane(str(index), route=[None] * len(infos)) for index in range(count)]
         self._lane_tasks = [asyncio.create_task(self._run_lane(lane)) for lane in self._lanes]
@@ -159,7 +159,7 @@ class Chain:
         tokens = len(request.prompt) + request.max_tokens
         sequence = lanes.Sequence(secrets.randbelow(SEQUENCE_ID_BOUND - 1) + 1, request)
         job = _Job(sequence, tokens + max(_KV_SLACK_TOKENS, tokens // 8))
-        if job.kv_tokens > min(info.kv_tokens_max for info in self.infos):
+        if job.kv_tokens > self._kv_tokens_max:
             raise GenerationError(
                 f"prompt and answer of {tokens} tokens do not fit into the KV memory of a stage; ask for less, or "
                 "give the stages more",

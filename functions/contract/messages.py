@@ -202,10 +202,6 @@ class StageInfo:
     sequences: int
 
     @property
-    def kv_tokens_max(self) -> int:
-        return self.kv_bytes_max // max(1, self.kv_bytes_per_token)
-
-    @property
     def kv_tokens_free(self) -> int:
         return (self.kv_bytes_max - self.kv_bytes_used) // max(1, self.kv_bytes_per_token)
 

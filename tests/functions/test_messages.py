@@ -265,4 +265,9 @@ def test_unreadable_error_becomes_a_failure_that_quotes_it(data: Any) -> None:
 
 def test_budget_in_tokens_of_a_stage_without_kv_cache_is_no_division_by_zero() -> None:
     info = StageInfo("m", "p", 0, 1, (0, 1), "h:1", "float32", "cpu", 1, 1, 1, 0, 100, 0, 0, 0)
-    assert info.kv_tokens_max == 100
+    assert info.kv_tokens_free == 100
+
+
+def test_what_is_used_is_not_free() -> None:
+    info = StageInfo("m", "p", 0, 1, (0, 1), "h:1", "float32", "cpu", 1, 1, 1, 8, 1000, 600, 0, 3)
+    assert info.kv_tokens_free == 50
