@@ -20,7 +20,7 @@ service = StageService(read_settings())
 _handler = Handler(service)
 
 
-@functions_framework.aio.http  # type: ignore[untyped-decorator]
+@functions_framework.aio.http  # type: ignore[untyped-decorator]  # the framework has no types
 async def stage(request: Request) -> Response:
     """One stage of the chain. Events by POST; GET /healthz, /readyz, /metrics."""
     return await _handler(request)

@@ -65,7 +65,7 @@ class StageSettings(BaseSettings):
     def torch_dtype(self, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
         """auto: what the checkpoint was saved in on a GPU, float32 on a CPU (few CPUs compute halves quickly)."""
         if self.dtype != "auto":
-            return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+            return getattr(torch, self.dtype)  # type: ignore[no-any-return]  # one of the dtypes named above
         if device.type == "cpu":
             return torch.float32
         saved = checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype") or "bfloat16"

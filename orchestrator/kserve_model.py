@@ -33,7 +33,7 @@ _GRPC_CODES = {
 }
 
 
-class NotReady(ModelNotReady):  # type: ignore[misc]
+class NotReady(ModelNotReady):  # type: ignore[misc]  # kserve has no types
     """KServe's gRPC side reads `reason`, which its own class lacks (the status would be UNKNOWN)."""
 
     def __init__(self, name: str) -> None:
@@ -47,7 +47,7 @@ class GrpcError(GrpcException):
         super().__init__(details=str(error), status_code=code)
 
 
-class StagedModel(kserve.Model):  # type: ignore[misc]
+class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
     """Registered before it is ready; `healthy` follows the generator, so probes get 503 until all stages are up."""
 
     def __init__(self, service: Service) -> None:

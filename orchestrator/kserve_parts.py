@@ -25,7 +25,7 @@ class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
         return self._service.generator.ready
 
 
-class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]
+class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]  # kserve has no types
     """The one model stays: loading it is nothing to do, unloading is refused."""
 
     async def load(self, model_name: str) -> None:
@@ -33,6 +33,7 @@ class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]
 
     async def unload(self, model_name: str) -> None:
         self._check(model_name)
+        # KServe answers this exception with 501
         raise NotImplementedError("the model cannot be unloaded by clients; stop the server instead")
 
     def _check(self, model_name: str) -> None:

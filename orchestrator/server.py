@@ -97,7 +97,7 @@ def serve(
     prepare_app(app, service, body_bytes_max=settings.body_bytes_max)
     app.router.lifespan_context = _lifespan(start, close, outcome)
 
-    class Server(kserve.ModelServer):  # type: ignore[misc]
+    class Server(kserve.ModelServer):  # type: ignore[misc]  # kserve has no types
         async def _serve(self) -> None:
             # KServe has no argument for the address
             self._rest_server.config.host = settings.host

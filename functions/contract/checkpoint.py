@@ -85,7 +85,7 @@ def read_tensor(checkpoint: Checkpoint, info: TensorInfo, into: memoryview) -> N
         stream.seek(info.start)
         at = 0
         while at < info.nbytes:
-            count = stream.readinto(into[at:])  # type: ignore[attr-defined]
+            count = stream.readinto(into[at:])  # type: ignore[attr-defined]  # raw files have it, IO[bytes] does not say so
             if not count:
                 raise CheckpointError(f"{info.file} ends inside {info.name}; copy or download it again")
             at += count
