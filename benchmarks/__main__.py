@@ -18,7 +18,6 @@ from benchmarks.bench import ROOT, Bench, MeasureError
 from benchmarks.figures import FIGURES
 from benchmarks.report import Section
 from orchestrator.generation import GenerationError
-from orchestrator.launcher import LaunchError
 from orchestrator.stage_client import StageUnreachable
 
 RESULTS = ROOT / "benchmarks" / "results" / "latest.json"
@@ -71,7 +70,7 @@ async def _measure(names: list[str], bench: Bench, console: Console) -> tuple[li
     for name in names:
         try:
             found = await FIGURES[name](bench)
-        except (MeasureError, GenerationError, StageUnreachable, LaunchError, OSError) as error:
+        except (MeasureError, GenerationError, StageUnreachable, OSError) as error:
             print(f"error: {name} could not be measured: {error}", file=sys.stderr)
             failed.append(name)
             continue

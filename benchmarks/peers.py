@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import tether
 from benchmarks.bench import ROOT, MeasureError, child_environment
-from orchestrator import tether
 
 GRACE_S = 10.0  # `stagecraft up` stops its own processes meanwhile
 LINE_BYTES_MAX = 16 << 20

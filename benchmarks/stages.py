@@ -6,6 +6,7 @@ This process stands for the orchestrator: it runs the chain, and HTTP on loopbac
 from __future__ import annotations
 
 import itertools
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -13,16 +14,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import processes
 from benchmarks.bench import Bench, child_environment
 from benchmarks.checkpoints import block_count
+from benchmarks.processes import Child
 from functions.contract.spans import BlockSpan
-from orchestrator import processes
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
-from orchestrator.launcher import STAGE_GRACE_S, STAGE_HOST, listen
-from orchestrator.processes import Child
 
 PLAN = "benchmark"
+STAGE_HOST = "127.0.0.1"
+STAGE_GRACE_S = 3.0
 WAKE_TIMEOUT_S = 180.0
 
 _numbers = itertools.count()
@@ -103,7 +105,7 @@ async def _start(bench: Bench, model: Path, span: BlockSpan, index: int, count: 
         "STAGE_THREADS": str(threads),
         "STAGE_KV_BYTES_MAX": str(1 << 30),
     }
-    with listen(STAGE_HOST, 0, "the port of a stage") as sock:
+    with socket.create_server((STAGE_HOST, 0), backlog=1024) as sock:
         argv = [sys.executable, "-m", "functions", "--fd", str(sock.fileno())]
         log = bench.log_dir / f"stage-{next(_numbers)}.log"
         child = await Child.start(f"stage {index}", argv, env=env, log=log, pass_fds=(sock.fileno(),))

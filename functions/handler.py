@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
+import socket
 from collections.abc import Mapping
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -16,6 +20,9 @@ from functions.contract.events import Event
 from functions.service import StageService
 
 _KNOWN_TYPES = frozenset(events.REQUEST_TYPES)
+_QUEUE_PROXY_PORT = 8012  # pkg/networking/constants.go
+# addresses for documentation (RFC 5737, RFC 3849): nobody has them, so the default route is chosen for them
+_ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 
 class Handler:
@@ -49,7 +56,7 @@ class Handler:
         return JSONResponse({"status": "ready", "blocks": str(self._service.settings.blocks)})
 
     async def _event(self, request: Request) -> Response:
-        replica = self._service.settings.replica or _listening(request)
+        replica = replica_address(self._service.settings.replica, request)
         kind = request.headers.get("ce-type", "")
         kind = kind if kind in _KNOWN_TYPES else "unknown"  # a label must not grow with what people send
         event = None
@@ -94,6 +101,28 @@ def _with_retry(headers: Mapping[str, str], status: int) -> dict[str, str]:
     return {**headers, "retry-after": "1"} if status in (429, 503) else dict(headers)
 
 
-def _listening(request: Request) -> str:
+def replica_address(given: str, request: Request) -> str:
+    """HOST:PORT by which clients reach this very replica: what was set, else the queue-proxy of our pod, else the
+    socket that listens. In a pod that socket is of no use: queue-proxy speaks to it by 127.0.0.1."""
+    if given:
+        return given
+    if "K_REVISION" in os.environ and (pod := _pod_ip()) is not None:
+        return _joined(pod, _QUEUE_PROXY_PORT)
     host, port = request.scope.get("server") or ("127.0.0.1", 0)
-    return f"{host}:{port}"
+    return _joined(host, port)
+
+
+@functools.cache
+def _pod_ip() -> str | None:
+    """The address of the interface of the default route; fieldRef status.podIP is not allowed by Knative's defaults."""
+    for family, elsewhere in _ELSEWHERE:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))  # of a datagram socket: chooses the route and sends nothing
+            return str(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+    return None
+
+
+def _joined(host: str, port: int | None) -> str:
+    return f"[{host}]:{port or 0}" if ":" in host else f"{host}:{port or 0}"

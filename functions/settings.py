@@ -41,7 +41,7 @@ class StageSettings(BaseSettings):
     )
     body_bytes_max: int = Field(1 << 30, gt=0, description="largest event taken, in bytes")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default")
-    replica: str = Field("", description="HOST:PORT that reaches this replica; default the listening socket")
+    replica: str = Field("", description="HOST:PORT that reaches this replica; found out if not set")
 
     @field_validator("blocks", mode="before")
     @classmethod

@@ -1,9 +1,14 @@
 """The chain of stages as one generator of tokens: admission, lanes, recovery, release.
 
 Each lane is a task that sends its step through all stages, one after another, books the answer and starts over. With
-as many lanes as stages the pipeline is full: while lane 0 is in stage 1, lane 1 is in stage 0.
+as many lanes as stages the pipeline is full: while lane 0 is in stage 1, lane 1 is in stage 0. Lanes are opened when
+sequences come and end when they are empty.
 
     generate() -> waiting line -> lane -> step: stage 0 -> stage 1 -> ... -> samples -> generate() yields tokens
+
+A lane's first event to a stage goes to the stage's service, which chooses a replica (and starts one where there is
+none); the reply names it, and from then on the lane goes there, where its caches are. A lane whose replica drains,
+vanishes or is too busy goes back to the service; what the new replica lacks is sent again.
 """
 
 from __future__ import annotations
@@ -19,12 +24,14 @@ from typing import Any
 import aiohttp
 import structlog
 
-from functions.contract.errors import InvalidEvent, NotReady, StageError, WrongPosition
+from functions.contract.errors import InvalidEvent, KvExhausted, NotReady, StageError, WrongPosition
 from functions.contract.frames import Buffer
 from functions.contract.messages import SEQUENCE_ID_BOUND, Samples, StageInfo, Step, encode_release
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.generation import GenerationError, GenerationRequest, Token
+from orchestrator.kv_ledger import KvLedger
+from orchestrator.replica_watch import ReplicaWatch
 from orchestrator.stage_client import StageClient, StageUnreachable
 
 log = structlog.get_logger()
@@ -36,15 +43,18 @@ _CLOSE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ChainSettings:
-    lanes: int = 0  # 0: as many as there are stages
     lane_width: int = 64  # sequences
+    lanes_max: int = 0  # 0: no bound
+    lane_age_s: float = 5.0  # older lanes take no new sequences, see lanes.place
     step_tokens_max: int = 512  # prefill chunks and decode tokens of one step
     waiting_max: int = 1024  # sequences admitted but not yet in a lane
     wake_timeout_s: float = 600.0
     step_timeout_s: float = 120.0
     release_timeout_s: float = 10.0
-    attempts: int = 6  # steps in a row without progress before a sequence fails
+    attempts: int = 8  # steps in a row without progress before a sequence fails
     backoff_s: float = 0.1  # doubled with each attempt
+    probe_every_s: float = 1.0  # how often replicas in use are asked whether they drain
+    idle_before_wake_s: float = 2.0  # with no lane for so long the stages may be at zero, and are woken together
 
 
 @dataclass(eq=False)
@@ -58,11 +68,34 @@ class _Job:
 
 @dataclass(eq=False)
 class _Lane:
-    name: str
+    slot: int  # a small number, used again by later lanes
+    opened_s: float
+    progress_s: float  # when a step was last answered
+    route: list[str | None]  # replica per stage, None: ask the service
+    home: list[str | None]  # replica per stage that holds the lane's caches, also when the route avoids it
+    asked: list[bool]  # stages that have been sent a step
     jobs: list[_Job] = field(default_factory=list)
-    route: list[str | None] = field(default_factory=list)  # replica per stage, None: ask the service
-    filled: asyncio.Event = field(default_factory=asyncio.Event)
     suspects: list[_Job] = field(default_factory=list)  # one of them broke a step: they go on one at a time
+
+    @property
+    def name(self) -> str:
+        return str(self.slot)
+
+    @property
+    def kv_tokens(self) -> int:
+        return sum(job.kv_tokens for job in self.jobs)
+
+    @property
+    def caches(self) -> _Caches:
+        return _Caches(tuple(self.home), tuple(self.asked))
+
+
+@dataclass(frozen=True, slots=True)
+class _Caches:
+    """Where a lane's caches were when a sequence left it."""
+
+    home: tuple[str | None, ...]
+    asked: tuple[bool, ...]
 
 
 class Chain:
@@ -76,9 +109,12 @@ class Chain:
         self._stages: list[StageClient] = []
         self._lanes: list[_Lane] = []
         self._waiting: deque[_Job] = deque()
-        self._kv_tokens_max = self._kv_tokens_free = 0
-        self._lane_tasks: list[asyncio.Task[None]] = []
+        self._kv = KvLedger(len(self._urls))
+        self._lane_tasks: set[asyncio.Task[None]] = set()
+        self._wakes: dict[int, asyncio.Task[None]] = {}
         self._releases: set[asyncio.Task[None]] = set()
+        self._active_s = 0.0  # when the last lane ended
+        self._watch: ReplicaWatch | None = None
         self._session: aiohttp.ClientSession | None = None
 
     # -- what endpoints use
@@ -96,36 +132,39 @@ class Chain:
         return self.infos[-1].vocab_size
 
     async def start(self) -> None:
-        """Wakes all stages at once and opens the lanes. Raises GenerationError if they do not fit together, or if one
-        does not answer in time."""
+        """Wakes all stages at once; ready as soon as the last has answered. Raises GenerationError if they do not fit
+        together, or if one does not answer in time."""
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300))
         self._stages = [StageClient(self._session, i, url, self._plan) for i, url in enumerate(self._urls)]
+        self._watch = ReplicaWatch(self._session, self.settings.probe_every_s, self._replicas)
         infos = await asyncio.gather(*(self._wake(stage) for stage in self._stages))
         _check_chain(infos)
-        # what an orchestrator before this one left behind is not free, and nobody will free it
-        self._kv_tokens_max = self._kv_tokens_free = min(info.kv_tokens_free for info in infos)
-        count = self.settings.lanes or len(infos)
-        self._lanes = [_Lane(str(index), route=[None] * len(infos)) for index in range(count)]
-        self._lane_tasks = [asyncio.create_task(self._run_lane(lane)) for lane in self._lanes]
+        for info in infos:
+            self._learn(info)
+            self._kv.resize(info.stage, _replica_url(info.replica))
+        self._active_s = _now_s()
         self.infos = tuple(infos)
 
     async def close(self) -> None:
         """Ends the lanes; sequences on their way end with an error."""
         self.infos = ()
-        for task in self._lane_tasks:
+        tasks = [*self._lane_tasks, *self._wakes.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._lane_tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        jobs = [*self._waiting, *(job for lane in self._lanes for job in lane.jobs)]
+        self._waiting.clear()
         for lane in self._lanes:
-            if lane.jobs:
-                self._spawn(self._release([job.sequence.id for job in lane.jobs], list(lane.route)))
+            self._spawn(self._release([job.sequence.id for job in lane.jobs], lane.caches))
+            metrics.RUNNING.labels(lane.name).set(0)
+        self._lanes.clear()
         if self._releases:
             _, late = await asyncio.wait(self._releases, timeout=_CLOSE_TIMEOUT_S)
             for task in late:
                 task.cancel()
-        error = GenerationError("the server is shutting down", status=503, code="shutting_down")
-        for job in [*self._waiting, *(job for lane in self._lanes for job in lane.jobs)]:
-            job.out.put_nowait(error)
-        self._waiting.clear()
+        _fail(jobs, GenerationError("the server is shutting down", status=503, code="shutting_down"))
+        if self._watch is not None:
+            await self._watch.close()
         if self._session is not None:
             await self._session.close()
 
@@ -157,9 +196,9 @@ class Chain:
                 retry_after_s=5,
             )
         tokens = len(request.prompt) + request.max_tokens
-        sequence = lanes.Sequence(secrets.randbelow(SEQUENCE_ID_BOUND - 1) + 1, request)
+        sequence = lanes.Sequence(_new_id(), request)
         job = _Job(sequence, tokens + max(_KV_SLACK_TOKENS, tokens // 8))
-        if job.kv_tokens > self._kv_tokens_max:
+        if job.kv_tokens > self._kv.largest:
             raise GenerationError(
                 f"prompt and answer of {tokens} tokens do not fit into the KV memory of a stage; ask for less, or "
                 "give the stages more",
@@ -192,15 +231,28 @@ class Chain:
 
     def _fill_lanes(self) -> None:
         """Moves waiting sequences into lanes while there is room and KV memory. First come, first served."""
-        while self._waiting and self._waiting[0].kv_tokens <= self._kv_tokens_free:
-            index = lanes.least_loaded([len(lane.jobs) for lane in self._lanes], self.settings.lane_width)
-            if index is None:
+        while self._waiting and self.ready:
+            lane = self._place(self._waiting[0].kv_tokens)
+            if lane is None:
                 break
             job = self._waiting.popleft()
-            self._kv_tokens_free -= job.kv_tokens
-            self._lanes[index].jobs.append(job)
-            self._lanes[index].filled.set()
+            self._kv.promise(lane.home, job.kv_tokens)
+            lane.jobs.append(job)
         metrics.WAITING.set(len(self._waiting))
+
+    def _place(self, kv_tokens: int) -> _Lane | None:
+        now_s = _now_s()
+        states = [
+            lanes.LaneState(len(lane.jobs), now_s - lane.opened_s, self._kv.fits(lane.home, kv_tokens))
+            for lane in self._lanes
+        ]
+        rule = lanes.LaneRule(
+            len(self._stages), self.settings.lane_width, self.settings.lanes_max, self.settings.lane_age_s
+        )
+        index = lanes.place(states, rule, may_open=self._kv.fits([None] * len(self._stages), kv_tokens))
+        if index is None:
+            return None
+        return self._lanes[index] if index < len(self._lanes) else self._open_lane(now_s)
 
     def _drop(self, job: _Job) -> None:
         """The consumer is gone: a waiting sequence leaves at once, a running one before the lane's next step."""
@@ -211,14 +263,26 @@ class Chain:
 
     # -- lanes
 
+    def _open_lane(self, now_s: float) -> _Lane:
+        if not self._lanes and now_s - self._active_s >= self.settings.idle_before_wake_s:
+            self._wake_all()
+        used, count = {lane.slot for lane in self._lanes}, len(self._stages)
+        slot = next(slot for slot in itertools.count() if slot not in used)
+        lane = _Lane(slot, now_s, now_s, route=[None] * count, home=[None] * count, asked=[False] * count)
+        self._lanes.append(lane)
+        task = asyncio.create_task(self._run_lane(lane))
+        self._lane_tasks.add(task)
+        task.add_done_callback(self._lane_tasks.discard)
+        return lane
+
     async def _run_lane(self, lane: _Lane) -> None:
-        while True:
-            self._sweep(lane)
-            if not lane.jobs:
-                lane.filled.clear()
-                await lane.filled.wait()
-                continue
+        self._sweep(lane)
+        while lane.jobs:
+            self._avoid_draining(lane)
             await self._step(lane)
+            self._sweep(lane)
+        self._lanes.remove(lane)
+        self._active_s = _now_s()
 
     def _sweep(self, lane: _Lane) -> None:
         """Takes out sequences that have ended, frees their KV in every stage, and lets others in."""
@@ -226,9 +290,16 @@ class Chain:
         lane.suspects = [job for job in lane.suspects if not job.sequence.cancelled]
         if gone:
             lane.jobs = [job for job in lane.jobs if not job.sequence.cancelled]
-            self._spawn(self._let_go(gone, list(lane.route)))
+            self._let_go(lane, gone)
         self._fill_lanes()
         metrics.RUNNING.labels(lane.name).set(len(lane.jobs))
+
+    def _avoid_draining(self, lane: _Lane) -> None:
+        """Between two steps, so that none is begun at a replica and ended at another."""
+        assert self._watch is not None
+        for stage, url in enumerate(lane.route):
+            if url in self._watch.draining:
+                lane.route[stage] = None
 
     async def _step(self, lane: _Lane) -> None:
         going = lane.suspects[:1] or lane.jobs
@@ -241,12 +312,14 @@ class Chain:
             booked = lanes.progress([job.sequence for job in in_step], step, samples.items)
         except WrongPosition as error:
             self._rewind(jobs, error)
-            await self._retry(in_step, error)
+            await self._retry(lane, in_step, error)
+        except KvExhausted as error:
+            await self._make_room(lane, in_step, error)
         except StageUnreachable as error:
-            await self._retry(in_step, error)
+            await self._retry(lane, in_step, error)
         except StageError as error:
             if error.retriable:
-                await self._retry(in_step, error)
+                await self._retry(lane, in_step, error)
             else:
                 _blame(lane, in_step, GenerationError(f"a stage failed: {error}", status=500, code=error.code))
         except Exception as error:  # a mistake of ours must not leave anybody waiting
@@ -256,6 +329,7 @@ class Chain:
             )
         else:
             lane.suspects = lane.suspects[1:]
+            lane.progress_s = _now_s()
             self._deliver(jobs, booked)
 
     async def _pass(self, lane: _Lane, step: Step) -> Samples:
@@ -270,18 +344,44 @@ class Chain:
             raise StageUnreachable(f"the last stage answered no samples: {error}") from None
 
     async def _hop(self, lane: _Lane, stage: StageClient, body: Buffer) -> Buffer:
-        url = lane.route[stage.index]
+        if wake := self._wakes.get(stage.index):
+            # whatever comes of it: a wake that fails must not fail a step that may succeed
+            await asyncio.wait([wake])
+        url, timeout_s = lane.route[stage.index], self.settings.step_timeout_s
+        if url is None:  # there may be no replica, and the service holds the event until there is
+            timeout_s = max(timeout_s, self.settings.wake_timeout_s - (_now_s() - lane.progress_s))
+        lane.asked[stage.index] = True
         try:
             with metrics.HOP_SECONDS.labels(stage.index).time():
-                reply = await stage.step(body, lane.name, url, self.settings.step_timeout_s)
+                reply = await stage.step(body, lane.name, url, timeout_s)
         except (StageUnreachable, NotReady):
             lane.route[stage.index] = None  # the next try asks the service for a replica
+            raise
+        except KvExhausted:
+            if url is not None:
+                self._kv.full(stage.index, url)
             raise
         metrics.HOP_BYTES.labels(stage.index).inc(len(body))
         replica = reply.extensions.get("replica")
         if replica and stage.url.startswith("http://"):  # behind TLS a replica has no address that a client could use
-            lane.route[stage.index] = f"http://{replica}/"
+            self._settle(lane, stage, _replica_url(replica))
         return reply.data
+
+    def _settle(self, lane: _Lane, stage: StageClient, replica: str) -> None:
+        """The lane's caches are at this replica now; what it left behind at another is freed."""
+        left = lane.home[stage.index]
+        lane.route[stage.index] = lane.home[stage.index] = replica
+        if left == replica:
+            return
+        assert self._watch is not None
+        self._watch.begin()
+        self._kv.move(stage.index, left, replica, lane.kv_tokens)
+        if not self._kv.known(stage.index, replica):
+            self._spawn(self._ask(stage, replica))
+        if left is not None:
+            log.info("replica_changed", lane=lane.name, stage=stage.index, old=left, new=replica)
+            self._kv.forget(stage.index, left)
+            self._spawn(self._release_at(stage, left, [job.sequence.id for job in lane.jobs]))
 
     def _deliver(self, jobs: dict[int, _Job], booked: list[tuple[lanes.Sequence, Token]]) -> None:
         for sequence, token in booked:
@@ -300,35 +400,103 @@ class Chain:
                 metrics.REPLAYS.inc()
                 jobs[sequence].sequence.take_back(position)
 
-    async def _retry(self, jobs: list[_Job], error: Exception) -> None:
-        """Lets the step be tried again, some time later if it is not the first failure; gives up in the end.
+    async def _retry(self, lane: _Lane, jobs: list[_Job], error: Exception) -> None:
+        """Lets the step be tried again, some time later if it is not the first failure; gives up in the end: after so
+        many attempts, or after the time that a stage may take to wake, whichever is first.
 
         A repeated step is harmless: stages compute it anew from where it starts."""
         for job in jobs:
             job.sequence.failures += 1
         worst = max(job.sequence.failures for job in jobs)
         log.warning("step_failed", error=str(error), attempt=worst, sequences=len(jobs))
-        tired = [job for job in jobs if job.sequence.failures >= self.settings.attempts]
+        late = _now_s() - lane.progress_s >= self.settings.wake_timeout_s
+        tired = [job for job in jobs if late or job.sequence.failures >= self.settings.attempts]
         _fail(tired, _given_up(error))
         if not isinstance(error, WrongPosition):
             await asyncio.sleep(self.settings.backoff_s * 2 ** min(worst - 1, 6))
 
-    async def _let_go(self, jobs: list[_Job], route: list[str | None]) -> None:
-        """Memory counts as free only once the stages have freed it: others would find them full."""
-        await self._release([job.sequence.id for job in jobs], route)
-        self._kv_tokens_free += sum(job.kv_tokens for job in jobs)
-        self._fill_lanes()
+    async def _make_room(self, lane: _Lane, jobs: list[_Job], error: KvExhausted) -> None:
+        """A replica has less memory than it was thought to have. The sequence that came last to the lane waits until
+        another has ended, and is then computed anew; only one that has everything to itself can fail of this."""
+        if sum(len(other.jobs) for other in self._lanes) == 1:
+            await self._retry(lane, jobs, error)
+            return
+        job = next(job for job in reversed(lane.jobs) if job in jobs)
+        log.warning("sequence_put_back", lane=lane.name, error=str(error))
+        lane.jobs.remove(job)
+        lane.suspects = [suspect for suspect in lane.suspects if suspect is not job]
+        self._let_go(lane, [job])
+        if not job.sequence.cancelled:
+            # under another id, so that the release of what it held cannot meet what it holds next
+            job.sequence.id, job.sequence.cached = _new_id(), 0
+            self._waiting.appendleft(job)
+        await asyncio.sleep(self.settings.backoff_s)
 
-    async def _release(self, sequences: list[int], route: list[str | None]) -> None:
-        """Frees the sequences' KV in every stage. One that cannot be reached is most likely gone with all it had."""
-        data = encode_release(sequences)
-        calls = (
-            stage.release(data, url, self.settings.release_timeout_s)
-            for stage, url in zip(self._stages, route, strict=True)
-        )
-        for stage, result in zip(self._stages, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            if isinstance(result, Exception):
-                log.warning("release_failed", stage=stage.index, sequences=len(sequences), error=str(result))
+    # -- leaving the stages
+
+    def _let_go(self, lane: _Lane, jobs: list[_Job]) -> None:
+        """Frees the KV of sequences that have left the lane. Memory counts as free only once the stages have freed it:
+        others would find them full."""
+        ids, tokens, caches = [job.sequence.id for job in jobs], sum(job.kv_tokens for job in jobs), lane.caches
+
+        async def release() -> None:
+            try:
+                await self._release(ids, caches)
+            finally:
+                self._kv.free(caches.home, tokens)
+                self._fill_lanes()
+
+        self._spawn(release())
+
+    async def _release(self, sequences: list[int], caches: _Caches) -> None:
+        """A stage that was never asked holds nothing, and asking it might wake it."""
+        places = zip(self._stages, caches.home, caches.asked, strict=True)
+        await asyncio.gather(*(self._release_at(stage, url, sequences) for stage, url, asked in places if asked))
+
+    async def _release_at(self, stage: StageClient, url: str | None, sequences: list[int]) -> None:
+        """One that cannot be reached is most likely gone with all it had."""
+        try:
+            await stage.release(encode_release(sequences), url, self.settings.release_timeout_s)
+        except (StageUnreachable, StageError) as error:
+            log.info("release_failed", stage=stage.index, sequences=len(sequences), error=str(error))
+
+    # -- waking
+
+    def _wake_all(self) -> None:
+        """All stages at once: after some idle time they may all be at zero, and one after another would take long.
+        A lane's first step to a stage waits for that stage's wake, so that a cold stage is asked by one event and not
+        by one a lane, which would start more replicas than are needed."""
+        for stage in self._stages:
+            if stage.index not in self._wakes:
+                self._wakes[stage.index] = asyncio.create_task(self._refresh(stage))
+
+    async def _refresh(self, stage: StageClient) -> None:
+        try:
+            info = await stage.wake(self.settings.wake_timeout_s)
+            infos = [info if old.stage == info.stage else old for old in self.infos]
+            _check_chain(infos)
+            self.infos = tuple(infos)
+            self._learn(info)
+            self._kv.resize(info.stage, _replica_url(info.replica))
+            self._fill_lanes()
+        except (StageUnreachable, StageError, GenerationError) as error:
+            log.warning("wake_failed", stage=stage.index, error=str(error))
+        finally:
+            self._wakes.pop(stage.index, None)
+
+    async def _ask(self, stage: StageClient, replica: str) -> None:
+        """Learns the memory of a replica that a step has found."""
+        try:
+            self._learn(await stage.wake(self.settings.release_timeout_s, replica))
+        except (StageUnreachable, StageError) as error:
+            log.info("replica_not_asked", stage=stage.index, replica=replica, error=str(error))
+
+    def _learn(self, info: StageInfo) -> None:
+        total = info.kv_bytes_max // max(1, info.kv_bytes_per_token)
+        self._kv.learn(info.stage, _replica_url(info.replica), info.kv_tokens_free, total)
+
+    def _replicas(self) -> set[str]:
+        return {url for lane in self._lanes for url in lane.route if url is not None}
 
     # -- small things
 
@@ -339,7 +507,7 @@ class Chain:
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
                 return await stage.wake(max(left_s, 0.1))
-            except StageUnreachable as error:
+            except (StageUnreachable, NotReady) as error:  # not there yet, or a replica that is about to end
                 if left_s <= 0:
                     raise GenerationError(str(error), status=503, code="stage_unavailable") from None
                 await asyncio.sleep(self.settings.backoff_s)
@@ -350,6 +518,19 @@ class Chain:
         task = asyncio.create_task(work)
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _new_id() -> int:
+    return secrets.randbelow(SEQUENCE_ID_BOUND - 1) + 1
+
+
+def _replica_url(replica: str) -> str:
+    """HOST:PORT, as replies name it, as a URL."""
+    return f"http://{replica}/"
 
 
 def _fail(jobs: Sequence[_Job], error: GenerationError) -> None:

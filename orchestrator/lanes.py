@@ -93,9 +93,39 @@ def progress(sequences: Items[Sequence], step: Step, samples: Items[Sampled]) ->
     return [(by_id[sampled.sequence], by_id[sampled.sequence].accept(sampled)) for sampled in samples]
 
 
-def least_loaded(loads: Items[int], width: int) -> int | None:
-    """The lane a new sequence joins: the emptiest that is not full, so that lanes fill the pipeline before they pack.
+@dataclass(frozen=True, slots=True)
+class LaneRule:
+    """How lanes are filled. `spread` is the number of stages: as many lanes keep all of them busy."""
 
-    `loads` are sequences per lane. None when all are full."""
-    index = min(range(len(loads)), key=loads.__getitem__)
-    return index if loads[index] < width else None
+    spread: int
+    width: int  # sequences
+    lanes_max: int = 0  # 0: no bound
+    age_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LaneState:
+    """A lane as a new sequence finds it: `age_s` since it was opened, `fits` if the replicas it is tied to have the
+    memory."""
+
+    sequences: int
+    age_s: float = 0.0
+    fits: bool = True
+
+
+def place(states: Items[LaneState], rule: LaneRule, *, may_open: bool = True) -> int | None:
+    """The lane a new sequence joins: an index into `states`, their number for a lane yet to be opened, None to wait.
+
+    Lanes fill the pipeline first, then they are packed, then there are more of them. One that has grown old takes
+    nobody, so that it ends and its successor finds the replicas that have come since; only where no lane may be opened
+    (`lanes_max`, or `may_open` is false for want of memory) is an old lane better than waiting."""
+    young = [state.age_s < rule.age_s for state in states]
+    may_open = may_open and (rule.lanes_max == 0 or len(states) < rule.lanes_max)
+    open_to_all = [i for i, state in enumerate(states) if state.fits and state.sequences < rule.width]
+    room = [i for i in open_to_all if young[i]]
+    emptiest = min(room, key=lambda i: states[i].sequences, default=None)
+    if may_open and sum(young) < rule.spread and (emptiest is None or states[emptiest].sequences > 0):
+        return len(states)
+    if emptiest is not None:
+        return emptiest
+    return len(states) if may_open else min(open_to_all, key=lambda i: states[i].sequences, default=None)

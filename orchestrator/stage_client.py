@@ -6,10 +6,13 @@ httpx's aiohttp transport 0.57 ms, with httpx's own 1.1 ms (2 CPU cores; `make b
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
+import urllib.request
 import uuid
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -21,6 +24,7 @@ from functions.contract.messages import StageInfo
 
 _SOURCE = f"/stagecraft/orchestrator/{uuid.uuid4().hex[:12]}"
 _counter = itertools.count(1)
+_CONNECT_TIMEOUT_S = 5.0  # to a replica whose machine is gone; a service always answers, or holds the event after that
 _REPLIES = {events.WAKE: events.WOKEN, events.STEP: events.STEPPED, events.RELEASE: events.RELEASED}
 
 
@@ -29,17 +33,21 @@ class StageUnreachable(Exception):
 
 
 class StageClient:
-    """One stage at its service URL. Raises StageError for error events and StageUnreachable for everything else."""
+    """One stage at its service URL. Raises StageError for error events and StageUnreachable for everything else.
+
+    Events to the service go by the proxy that http_proxy, https_proxy and no_proxy name: on a single machine that is
+    the ingress, which alone knows the services' names. Replicas are addresses and are asked directly."""
 
     def __init__(self, session: aiohttp.ClientSession, index: int, url: str, plan: str) -> None:
         self.index = index
         self.url = url
         self._session = session
+        self._proxy = proxy_for(url)
         self._extensions = {"plan": plan, "stage": str(index)}
 
-    async def wake(self, timeout_s: float) -> StageInfo:
-        """Asks the stage who it is; the answer comes once its weights are loaded."""
-        reply = await self._send(events.WAKE, events.JSON, b"{}", {}, self.url, timeout_s)
+    async def wake(self, timeout_s: float, url: str | None = None) -> StageInfo:
+        """Asks the stage, or its replica at `url`, who it is; the answer comes once its weights are loaded."""
+        reply = await self._send(events.WAKE, events.JSON, b"{}", {}, url, timeout_s)
         try:
             data = json.loads(bytes(reply.data))
             return StageInfo(**{**data, "blocks": tuple(data["blocks"])})
@@ -48,19 +56,26 @@ class StageClient:
 
     async def step(self, body: Buffer, lane: str, url: str | None, timeout_s: float) -> Event:
         """One pass through the stage's blocks, at `url` (a replica) or else at the service."""
-        return await self._send(events.STEP, events.TENSORS, body, {"lane": lane}, url or self.url, timeout_s)
+        return await self._send(events.STEP, events.TENSORS, body, {"lane": lane}, url, timeout_s)
 
     async def release(self, data: bytes, url: str | None, timeout_s: float) -> None:
-        await self._send(events.RELEASE, events.JSON, data, {}, url or self.url, timeout_s)
+        await self._send(events.RELEASE, events.JSON, data, {}, url, timeout_s)
 
     async def _send(
-        self, kind: str, content_type: str, data: Buffer, extra: Mapping[str, str], url: str, timeout_s: float
+        self,
+        kind: str,
+        content_type: str,
+        data: Buffer,
+        extra: Mapping[str, str],
+        replica: str | None,
+        timeout_s: float,
     ) -> Event:
         event = Event(kind, _SOURCE, str(next(_counter)), content_type, data, {**self._extensions, **extra})
         headers, body = events.to_http(event)
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        url, proxy = (self.url, self._proxy) if replica is None else (replica, None)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
         try:
-            async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
+            async with self._session.post(url, data=body, headers=headers, timeout=timeout, proxy=proxy) as response:
                 content = await response.read()
                 return self._reply(response, content, _REPLIES[kind])
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -84,3 +99,19 @@ class StageClient:
             return from_json(json.loads(content))
         except (ValueError, TypeError):
             return StageFailure(f"stage {self.index} answered an error that cannot be read")
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for a URL, read once. A loopback address never has one."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if _is_loopback(host) or urllib.request.proxy_bypass(host):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,4 +1,4 @@
-"""The log of both processes: one line an event on stderr, for machines as JSON."""
+"""The log of every process: one line an event, for machines as JSON."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class _Unfailing:
             self._stream.flush()
 
 
-def configure_logs(*, as_json: bool) -> None:
-    """JSON, or aligned columns. Traces come without local variables, which would hold prompts."""
+def configure_logs(*, as_json: bool, to: TextIO | None = None) -> None:
+    """JSON, or aligned columns, to a stream, by default stderr. Traces come without local variables, which would hold
+    prompts."""
     processors: list[Any] = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
     if as_json:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
         processors.append(structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback))
-    stream: Any = _Unfailing(sys.stderr)
+    stream: Any = _Unfailing(to or sys.stderr)
     structlog.configure(processors=processors, logger_factory=structlog.PrintLoggerFactory(file=stream))

@@ -11,7 +11,10 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.generate import generate
+from orchestrator.cli.local import app as local
 from orchestrator.cli.plan import plan
+from orchestrator.cli.status import status
+from orchestrator.cli.top import top
 from orchestrator.cli.up import up
 
 app = typer.Typer(
@@ -25,6 +28,9 @@ app = typer.Typer(
 app.command()(up)
 app.command()(plan)
 app.command()(generate)
+app.command()(status)
+app.command()(top)
+app.add_typer(local)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,12 +128,23 @@ async def _run(url: str, body: dict[str, Any], as_json: bool) -> None:
         note(tally.line())
 
 
-async def show(http: Any, url: str, body: dict[str, Any], tally: Tally, *, quiet: bool = False) -> None:
-    """Streams an answer to standard output, on a line of its own, and counts. Raises EndpointError."""
+async def show(
+    http: Any,
+    url: str,
+    body: dict[str, Any],
+    tally: Tally,
+    *,
+    quiet: bool = False,
+    before_text: Callable[[], None] = lambda: None,
+) -> None:
+    """Streams an answer to standard output, on a line of its own, and counts. `before_text` is called once, when the
+    first text has come. Raises EndpointError."""
     from orchestrator.cli import completions
 
     try:
         async for chunk in completions.stream(http, url, body):
+            if chunk.text and not tally.texts:
+                before_text()
             tally.add(chunk)
             if not quiet:
                 write_text(chunk.text)

@@ -1,4 +1,7 @@
-"""`stagecraft up`: a model in stages on this machine, from one command, until Ctrl-C."""
+"""`stagecraft up`: a model in stages on this machine, from one command, until Ctrl-C.
+
+It runs a platform (`knative/`), applies the manifests of the plan to it, and tells people where the model answers.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,62 @@ import json
 import shlex
 import shutil
 import signal
+import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 import typer
 
 from orchestrator.cli.console import fail, note
 
 if TYPE_CHECKING:
-    from orchestrator.launcher import Deployment, LaunchSettings, Urls
+    from knative.platform import Platform, PlatformSettings
+    from orchestrator.manifests import Deployable
     from orchestrator.plan import Plan
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # a plan may say no others
+T = TypeVar("T")
 
+PLATFORM_LOG = "platform.log"  # why the autoscaler decides what, as JSON lines
 LOG_BYTES_MIN = 64 << 10  # room there must be for logs
+LOOK_EVERY_S = 0.1
 PROMPT_TOKENS = 120
 PROMPT_TEMPERATURE = 0.7
 PROMPT_SEED = 1
+
+
+class UpError(Exception):
+    """It cannot start or go on; the text is for people. `exit_code` is what `up` ends with."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class Urls:
+    """The ways in, as a client on this machine writes them."""
+
+    base: str  # http://HOST:PORT
+    grpc: str  # HOST:PORT
+    name: str  # of the model
+
+    @property
+    def openai(self) -> str:
+        return f"{self.base}/openai/v1"
+
+    @property
+    def v1(self) -> str:
+        return f"{self.base}/v1/models/{quote(self.name, safe='')}:predict"
+
+    @property
+    def v2(self) -> str:
+        return f"{self.base}/v2/models/{quote(self.name, safe='')}/infer"
 
 
 def up(
@@ -39,27 +79,46 @@ def up(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0 takes any free one.")] = 8080,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes any free one.")] = 8081,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the platform's metrics; 0 takes any free one.")
+    ] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Of weights and arithmetic; auto: as stored.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads per stage; by default the cores divided by the stages."),
+        typer.Option(min=1, help="CPU threads per replica; by default the cores divided by the stages."),
     ] = None,
     kv_memory: Annotated[
         str | None,
-        typer.Option(help="KV cache budget of each stage, such as 512MiB; by default a share of the free memory."),
+        typer.Option(help="KV cache budget of each replica, such as 512MiB; by default a share of the free memory."),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Send this once it serves and print the text.")] = None,
+    target: Annotated[
+        float, typer.Option(min=0.01, help="Steps that a replica should have at once; the stage scales by it.")
+    ] = 2.0,
+    window: Annotated[str, typer.Option(help="Stable window of the autoscaler, 6s to 1h.")] = "60s",
+    grace: Annotated[str, typer.Option(help="Longest time that the last replica is kept after the window.")] = "30s",
+    min_scale: Annotated[int, typer.Option(min=0, help="Replicas of each stage to keep; 0 scales to zero.")] = 0,
+    max_scale: Annotated[
+        int | None,
+        typer.Option(min=1, help="Replicas of a stage at most; by default as many as the machine has cores for."),
+    ] = None,
+    lane_width: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that travel together; fewer make more lanes to spread.")
+    ] = None,
+    fork: Annotated[
+        bool, typer.Option("--fork/--no-fork", help="Start replicas from processes that have imported torch already.")
+    ] = True,
+    prompt: Annotated[str | None, typer.Option(help="Send this and print the text.")] = None,
     leave: Annotated[bool, typer.Option("--exit", help="Stop after the answer to --prompt.")] = False,
     log_dir: Annotated[
         Path | None, typer.Option(help="Keep the logs here; by default in a temporary folder.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when it listens, for programs.")] = False,
 ) -> None:
     """Serve a model in stages on this machine, until Ctrl-C.
 
-    Each stage is a process of its own that holds its own blocks only; one more, the orchestrator, answers clients.
-    When one of them ends, all are stopped and the exit code is 1.
+    Each stage is a service of its own that holds its own blocks only; one more, the orchestrator, answers clients.
+    All start with the first request, scale out with the load, and go back to zero when nobody asks.
 
     [bold]Examples[/]
 
@@ -67,34 +126,75 @@ def up(
 
     stagecraft up ./my-checkpoint --stages 3 --name mine --port 9000
 
-    stagecraft up --plan plan.yaml
+    stagecraft up demo --stages 2 --window 6s --grace 1s
+
+    stagecraft up --plan plan.yaml --target 2 --max-scale 4
 
     stagecraft up demo --stages 2 --prompt "ROMEO:" --exit
     """
-    from orchestrator.launcher import LaunchSettings, default_threads
+    from orchestrator.manifests import Deployable, Scaling
 
     if leave and prompt is None:
         fail("--exit needs --prompt: what should be done before the exit?", 2)
     chosen = _plan(model, stages, plan, name, dtype)
-    folder, temporary = _log_folder(log_dir)
-    settings = LaunchSettings(
-        log_dir=folder,
-        host=host,
-        http_port=port,
-        grpc_port=grpc_port,
+    per_stage = threads or default_threads(len(chosen.stages))
+    most = max(min_scale, max_scale or default_replicas(len(chosen.stages), per_stage))
+    if max_scale is not None and max_scale < min_scale:
+        fail(f"--max-scale {max_scale} is below --min-scale {min_scale}", 2)
+    deployable = Deployable(
+        chosen,
+        scaling=Scaling(
+            target=target,
+            window_s=_window_s(window),
+            grace_s=_duration_s("--grace", grace),
+            min_scale=min_scale,
+            max_scale=most,
+        ),
         device=device,
-        threads_per_stage=threads or default_threads(len(chosen.stages)),
+        threads_per_stage=per_stage,
         kv_bytes_max=None if kv_memory is None else _bytes("--kv-memory", kv_memory),
+        lane_width=lane_width,
     )
-    exit_code = asyncio.run(_until_signal(chosen, settings, prompt, leave, as_json))
+    folder, temporary = _log_folder(log_dir)
+    settings = _platform_settings(deployable, folder, host, (port, grpc_port, metrics_port), fork)
+    exit_code = _run(_until_signal(deployable, settings, prompt, leave, as_json), folder)
     if temporary and exit_code == 0:
         shutil.rmtree(folder, ignore_errors=True)
     raise typer.Exit(exit_code)
 
 
-async def _until_signal(plan: Plan, settings: LaunchSettings, prompt: str | None, leave: bool, as_json: bool) -> int:
-    """Runs the deployment and returns the exit code. The first signal stops it, a second one without grace."""
-    work = asyncio.create_task(_serve(plan, settings, prompt, leave, as_json))
+def default_threads(stages: int) -> int:
+    """Torch threads for each of `stages` stages: an equal share of the cores this process may use, at least 1."""
+    return max(1, _cores() // stages)
+
+
+def default_replicas(stages: int, threads: int) -> int:
+    """As many replicas of each stage as there are cores to compute in, at least 1."""
+    return max(1, _cores() // (stages * threads))
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _run(work: Any, folder: Path) -> int:
+    import uvloop
+
+    from functions.contract.logs import configure_logs
+
+    with (folder / PLATFORM_LOG).open("a", buffering=1) as stream:
+        configure_logs(as_json=True, to=stream)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return int(runner.run(work))
+
+
+async def _until_signal(
+    deployable: Deployable, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
+) -> int:
+    """Runs the deployment and returns the exit code. The first signal stops it."""
+    work = asyncio.create_task(_serve(deployable, settings, prompt, leave, as_json))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, work.cancel)
     try:
@@ -103,35 +203,91 @@ async def _until_signal(plan: Plan, settings: LaunchSettings, prompt: str | None
         return 0
 
 
-async def _serve(plan: Plan, settings: LaunchSettings, prompt: str | None, leave: bool, as_json: bool) -> int:
+async def _serve(
+    deployable: Deployable, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
+) -> int:
+    from knative.errors import KnativeError
     from orchestrator.cli.completions import EndpointError
-    from orchestrator.cli.startup_view import StartupView
-    from orchestrator.launcher import LaunchError, launch, stage_name
 
-    rows = {stage_name(index): f"blocks {stage.blocks}" for index, stage in enumerate(plan.stages)}
-    view = StartupView({**rows, "orchestrator": "endpoints"})
     try:
-        async with launch(plan, settings) as deployment:
-            with view.shown():
-                await deployment.wait_ready(view.observe)
+        async with _deployed(deployable, settings) as (platform, urls):
             if as_json:
-                print(json.dumps(_facts(plan, deployment, settings)), flush=True)
+                print(json.dumps(_facts(deployable, platform, urls)), flush=True)
             if prompt is not None:
-                await deployment.unless_one_ends(_answer(deployment.urls, prompt))
+                await _unless_failing(platform, _answer(deployable, platform, urls, prompt))
             if not leave:
                 if not as_json:
-                    print(_banner(plan, deployment.urls), flush=True)
-                await deployment.wait_end()
-    except (LaunchError, EndpointError) as error:
+                    print(_banner(deployable, platform, urls), flush=True)
+                await _tell_failures(platform)
+    except (KnativeError, UpError, EndpointError) as error:
         note(f"error: {error}")
-        return error.exit_code if isinstance(error, LaunchError) else 1
+        return error.exit_code if isinstance(error, UpError) else 1
     return 0
 
 
-async def _answer(urls: Urls, prompt: str) -> None:
+@asynccontextmanager
+async def _deployed(deployable: Deployable, settings: PlatformSettings) -> AsyncIterator[tuple[Platform, Urls]]:
+    """The platform with the plan's services applied, listening. Raises KnativeError and UpError."""
+    from knative.control import control_api
+    from knative.errors import Unavailable
+    from knative.platform import Platform
+    from knative.resources.documents import read_documents
+    from orchestrator.manifests import write_manifests
+
+    folder = settings.folder / "manifests"
+    write_manifests(deployable, folder)
+    async with AsyncExitStack() as stack:
+        try:
+            platform = await stack.enter_async_context(Platform(settings))
+        except Unavailable as error:
+            raise UpError(f"{error}; see --port, --grpc-port, --metrics-port and --host", 2) from None
+        await stack.enter_async_context(control_api(platform, settings.name, settings.folder))
+        await platform.apply(read_documents(folder))
+        yield platform, Urls(platform.url, platform.grpc, deployable.plan.name)
+
+
+async def _unless_failing(platform: Platform, work: Awaitable[T]) -> T:
+    """The result of `work`; raises UpError as soon as a service cannot start: waiting would not help."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            failures = _failures(platform)
+            if failures:
+                raise UpError("\n".join(failures.values()))
+            await asyncio.wait({task}, timeout=LOOK_EVERY_S)
+        return await task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def _tell_failures(platform: Platform) -> None:
+    """Says once why a service does not start, as long as it serves."""
+    told: dict[str, str] = {}
+    while True:
+        failures = _failures(platform)
+        for name, text in failures.items():
+            if told.get(name) != text:
+                note(f"warning: {text}")
+        told = failures
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+def _failures(platform: Platform) -> dict[str, str]:
+    """What is wrong, by revision."""
+    logs = platform.settings.folder / "logs"
+    return {
+        one["revision"]: f"{one['service']} cannot start: {one['message']} (its log is in {logs})"
+        for one in platform.status()["revisions"]
+        if one["state"] == "Failed"
+    }
+
+
+async def _answer(deployable: Deployable, platform: Platform, urls: Urls, prompt: str) -> None:
     from orchestrator.cli import completions
     from orchestrator.cli.console import write_text
     from orchestrator.cli.generate import Tally, show
+    from orchestrator.cli.wake_view import WakeView
 
     body = {
         "model": urls.name,
@@ -140,10 +296,17 @@ async def _answer(urls: Urls, prompt: str) -> None:
         "temperature": PROMPT_TEMPERATURE,
         "seed": PROMPT_SEED,
     }
+    stages = zip(deployable.stage_names, deployable.plan.stages, strict=True)
+    rows = {name: (f"stage {index}", f"blocks {stage.blocks}") for index, (name, stage) in enumerate(stages)}
+    view = WakeView({**rows, deployable.name: ("orchestrator", "endpoints")}, platform.status)
     tally = Tally()
-    write_text(f"\n{prompt}")
-    async with completions.client() as http:
-        await show(http, urls.base, body, tally)
+
+    def first_text() -> None:
+        view.end()
+        write_text(f"\n{prompt}")
+
+    async with completions.client() as http, view.shown():
+        await show(http, urls.base, body, tally, before_text=first_text)
     note(tally.line())
 
 
@@ -205,38 +368,90 @@ def _log_folder(wanted: Path | None) -> tuple[Path, bool]:
     return folder, wanted is None
 
 
-def _facts(plan: Plan, deployment: Deployment, settings: LaunchSettings) -> dict[str, object]:
-    urls = deployment.urls
+def _window_s(text: str) -> int:
+    seconds = _duration_s("--window", text)
+    if not 6 <= seconds <= 3600 or seconds != int(seconds):
+        fail(f"--window: {text!r} must be whole seconds from 6s to 1h", 2)
+    return int(seconds)
+
+
+def _duration_s(option: str, text: str) -> float:
+    from knative.autoscaler.durations import parse_duration_s
+
+    try:
+        seconds = parse_duration_s(text)
+    except ValueError:
+        seconds = -1.0
+    if seconds < 0:
+        fail(f"{option}: {text!r} is no duration such as 500ms, 30s or 1m30s", 2)
+    return seconds
+
+
+def _platform_settings(
+    deployable: Deployable, folder: Path, host: str, ports: tuple[int, int, int], fork: bool
+) -> PlatformSettings:
+    from knative.platform import PlatformSettings
+
+    port, grpc_port, metrics_port = ports
+    return PlatformSettings(
+        folder=folder.resolve(),
+        name=_free_name(deployable.name),
+        host=host,
+        port=port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        default_service=f"{deployable.namespace}/{deployable.name}",
+        fork=fork,
+    )
+
+
+def _free_name(wanted: str) -> str:
+    """The model's name for `stagecraft status --platform`, with a number behind it when it is taken."""
+    from knative.registry import entries
+
+    taken = {entry.name for entry in entries()}
+    names = (wanted[:36].strip("-") + suffix for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+    return next(name for name in names if name not in taken)
+
+
+def _facts(deployable: Deployable, platform: Platform, urls: Urls) -> dict[str, object]:
     stages = [
-        {"index": index, "blocks": str(stage.blocks), "url": url, "pid": child.pid}
-        for index, (stage, url, child) in enumerate(
-            zip(plan.stages, deployment.stage_urls, deployment.stages, strict=True)
-        )
+        {"index": index, "blocks": str(stage.blocks), "service": name, "url": _url(platform, deployable, name)}
+        for index, (stage, name) in enumerate(zip(deployable.plan.stages, deployable.stage_names, strict=True))
     ]
     return {
-        "model": plan.name,
+        "model": urls.name,
         "url": urls.base,
         "openai": urls.openai,
         "v1": urls.v1,
         "v2": urls.v2,
         "grpc": urls.grpc,
-        "metrics": urls.metrics,
+        "metrics": f"{urls.base}/metrics",
+        "platform_metrics": platform.metrics_url,
         "stages": stages,
-        "orchestrator": {"pid": deployment.orchestrator.pid},
-        "log_dir": str(settings.log_dir),
+        "orchestrator": {"service": deployable.name},
+        "platform": platform.settings.name,
+        "log_dir": str(platform.settings.folder),
     }
 
 
-def _banner(plan: Plan, urls: Urls) -> str:
-    body = json.dumps({"model": plan.name, "prompt": "ROMEO:", "max_tokens": 60})
+def _url(platform: Platform, deployable: Deployable, name: str) -> str:
+    return platform.service_url(deployable.namespace, name)
+
+
+def _banner(deployable: Deployable, platform: Platform, urls: Urls) -> str:
+    body = json.dumps({"model": urls.name, "prompt": "ROMEO:", "max_tokens": 60})
+    count = len(deployable.plan.stages)
     return f"""
-{plan.name} is served in {len(plan.stages)} stage{"s"[: len(plan.stages) > 1]}; Ctrl-C stops it.
+{urls.name} is served in {count} stage{"s"[: count > 1]}, from zero with the first request; Ctrl-C stops it.
 
   OpenAI   {urls.openai}
   V1       {urls.v1}
   V2       {urls.v2}
   gRPC     {urls.grpc}
-  metrics  {urls.metrics}
+  metrics  {platform.metrics_url}
+  watch    stagecraft top --platform {platform.settings.name}
+  files    {platform.settings.folder} (manifests, logs, {PLATFORM_LOG})
 
 Try:
   curl {urls.openai}/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}

@@ -117,7 +117,7 @@ async def test_more_than_the_kv_memory_is_refused_and_what_just_fits_is_served(
 async def test_a_full_waiting_line_is_refused_with_a_time_to_come_back(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
 ) -> None:
-    settings = ChainSettings(waiting_max=1, lane_width=1, lanes=1)
+    settings = ChainSettings(waiting_max=1, lane_width=1, lanes_max=1)
     chain = await open_chain(start_stages("llama", HALVES), settings)
     running = chain.generate(request_of(prompts[0], LONG))
     await anext(running)
@@ -135,7 +135,7 @@ async def test_a_full_waiting_line_is_refused_with_a_time_to_come_back(
 async def test_a_waiting_request_that_is_given_up_makes_room_in_the_line(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any
 ) -> None:
-    settings = ChainSettings(waiting_max=1, lane_width=1, lanes=1)
+    settings = ChainSettings(waiting_max=1, lane_width=1, lanes_max=1)
     chain = await open_chain(start_stages("llama", HALVES), settings)
     running = chain.generate(request_of(prompts[0], LONG))
     await anext(running)
@@ -184,7 +184,7 @@ async def _leave_early(chain: Chain, prompts: Sequence[Sequence[int]]) -> None:
 async def test_no_more_sequences_than_the_lane_is_wide_are_on_their_way(
     start_stages: Any, open_chain: Any, prompts: Any
 ) -> None:
-    chain = await open_chain(start_stages("llama", HALVES), ChainSettings(lanes=1, lane_width=2))
+    chain = await open_chain(start_stages("llama", HALVES), ChainSettings(lanes_max=1, lane_width=2))
     active: set[int] = set()
     widths = []
 
@@ -206,7 +206,7 @@ async def test_no_more_sequences_than_the_lane_is_wide_are_on_their_way(
 async def test_closing_ends_running_and_waiting_requests_with_an_error(
     start_stages: Any, open_chain: Any, prompts: Any
 ) -> None:
-    chain = await open_chain(start_stages("llama", HALVES), ChainSettings(lanes=1, lane_width=2))
+    chain = await open_chain(start_stages("llama", HALVES), ChainSettings(lanes_max=1, lane_width=2))
     first = chain.generate(request_of(prompts[0], LONG))
     others = [asyncio.create_task(ids(chain.generate(request_of(prompt, LONG)))) for prompt in prompts[1:4]]
     await anext(first)
@@ -237,7 +237,7 @@ async def test_sequences_that_come_later_join_the_steps_of_those_under_way(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any, steps_taken: Any, whole_model: Any
 ) -> None:
     stages = start_stages("llama", HALVES)
-    chain = await open_chain(stages, ChainSettings(lanes=1))
+    chain = await open_chain(stages, ChainSettings(lanes_max=1))
     tasks = []
 
     async def lead() -> list[int]:

@@ -94,7 +94,7 @@ async def test_a_full_lane_survives_the_loss_of_a_stage_with_the_usual_settings(
 ) -> None:
     """All sequences of a lane replay, and they are more than there are attempts."""
     stages = start_stages("llama", ["0:2", "2:4"])
-    chain = await open_chain(stages, ChainSettings(lanes=1))
+    chain = await open_chain(stages, ChainSettings(lanes_max=1))
     many = [*prompts, *(prompt[::-1] for prompt in prompts)]
     undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in many))
 
@@ -144,7 +144,7 @@ async def test_a_full_lane_that_cannot_go_back_survives_a_stage_that_stands_stil
     """The stage before it has computed the step and is asked for it again. Recurrent state has no way back, so all
     sequences replay, and they are more than there are attempts."""
     stages = start_stages("falcon_h1", ["0:2", "2:4"])
-    chain = await open_chain(stages, ChainSettings(lanes=1, backoff_s=0.01, step_timeout_s=2.0))
+    chain = await open_chain(stages, ChainSettings(lanes_max=1, backoff_s=0.01, step_timeout_s=2.0))
     many = [*prompts, *(prompt[::-1] for prompt in prompts)]
     undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in many))
     pause = Pause(stages.processes[1].pid, seconds=3.0)
@@ -156,7 +156,9 @@ async def test_a_stage_that_stays_away_is_a_clear_error_and_nobody_hangs(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any
 ) -> None:
     stages = start_stages("llama", ["0:2", "2:4"])
-    chain = await open_chain(stages, ChainSettings(attempts=3, backoff_s=0.01, step_timeout_s=1.0))
+    chain = await open_chain(stages)
+    # the port stays open: to the chain this is a service that holds events until there is a replica
+    chain.settings = ChainSettings(attempts=3, backoff_s=0.01, step_timeout_s=1.0, wake_timeout_s=2.0)
     stages.kill(1)
     results = await asyncio.gather(*(answer(chain, p, NEW_TOKENS) for p in prompts), return_exceptions=True)
     assert all(isinstance(r, GenerationError) and r.status == 503 for r in results)

@@ -197,13 +197,73 @@ def test_what_was_taken_back_is_what_is_sent_next(sequences: list[lanes.Sequence
 # -- which lane is joined
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 9))
-def test_the_emptiest_lane_is_joined_unless_all_are_full(loads: list[int], width: int) -> None:
-    index = lanes.least_loaded(loads, width)
+STATES = st.lists(
+    st.builds(
+        lanes.LaneState, sequences=st.integers(0, 5), age_s=st.sampled_from([0.0, 4.9, 5.0, 60.0]), fits=st.booleans()
+    ),
+    max_size=8,
+)
+RULES = st.builds(lanes.LaneRule, spread=st.integers(1, 4), width=st.integers(1, 5), lanes_max=st.integers(0, 8))
+
+
+@given(STATES, RULES, st.booleans())
+def test_a_lane_is_joined_only_where_there_is_room_and_opened_only_where_one_may_be(
+    states: list[lanes.LaneState], rule: lanes.LaneRule, may_open: bool
+) -> None:
+    index = lanes.place(states, rule, may_open=may_open)
+    may_open = may_open and (rule.lanes_max == 0 or len(states) < rule.lanes_max)
+    room = [state for state in states if state.fits and state.sequences < rule.width]
     if index is None:
-        assert min(loads) >= width
+        assert not room, "nobody waits beside a lane with room"
+        assert not may_open
+    elif index == len(states):
+        assert may_open
     else:
-        assert loads[index] == min(loads) < width
+        assert states[index] in room
+        of_its_age = [state for state in room if (state.age_s < rule.age_s) == (states[index].age_s < rule.age_s)]
+        assert states[index].sequences == min(state.sequences for state in of_its_age)
+
+
+@given(STATES, RULES)
+def test_an_old_lane_is_joined_only_where_none_may_be_opened(
+    states: list[lanes.LaneState], rule: lanes.LaneRule
+) -> None:
+    index = lanes.place(states, rule)
+    if index is not None and index < len(states) and states[index].age_s >= rule.age_s:
+        assert len(states) >= rule.lanes_max > 0
+        assert not any(s.fits and s.sequences < rule.width and s.age_s < rule.age_s for s in states)
+
+
+@given(STATES, RULES)
+def test_old_lanes_do_not_count_among_those_to_spread_over(states: list[lanes.LaneState], rule: lanes.LaneRule) -> None:
+    """While fewer lanes than stages are young, a new sequence gets a lane of its own: an empty one, else a new one."""
+    young = [state for state in states if state.age_s < rule.age_s]
+    index = lanes.place(states, rule)
+    if rule.lanes_max == 0 and len(young) < rule.spread:
+        assert index is not None
+        assert index == len(states) or states[index].sequences == 0
+
+
+@given(st.integers(1, 60), RULES)
+def test_sequences_that_come_together_spread_then_pack_then_open_more(count: int, rule: lanes.LaneRule) -> None:
+    loads: list[int] = []
+    placed = 0
+    for _ in range(count):
+        index = lanes.place([lanes.LaneState(load) for load in loads], rule)
+        if index is None:
+            break
+        if index == len(loads):
+            # more lanes than stages only once all are packed
+            assert len(loads) < rule.spread or min(loads) == rule.width
+            loads.append(0)
+        loads[index] += 1
+        placed += 1
+    most = rule.lanes_max or count
+    assert placed == min(count, most * rule.width)
+    if not rule.lanes_max:
+        assert len(loads) == max(min(count, rule.spread), -(-count // rule.width))
+    if len(loads) <= rule.spread:
+        assert max(loads) - min(loads) <= 1
 
 
 # -- a lane over time

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator import tether
+from benchmarks import tether
 
 LAST_LINES = 12
 TAIL_BYTES = 16 << 10

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import processes, tether
-from orchestrator.processes import Child
+from benchmarks import processes, tether
+from benchmarks.processes import Child
 
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = "import time; time.sleep(600)"
@@ -22,7 +22,7 @@ STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print
 PARENT = """
 import asyncio, os, sys
 from pathlib import Path
-from orchestrator.processes import Child
+from benchmarks.processes import Child
 
 async def main():
     argv = [sys.executable, "-c", "import time; time.sleep(600)"]

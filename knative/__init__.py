@@ -1,0 +1,1 @@
+"""A single-machine Knative Serving: the YAML of a cluster, run as processes of this machine."""

@@ -1,0 +1,86 @@
+"""A listening HTTP/1.1 server, without routes or middleware. Both ingress and queue-proxies are one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+
+from aiohttp import hdrs, web
+
+from knative.errors import Unavailable
+
+HEADER_BYTES_MAX = 64 * 1024  # of one header line, and of the request line
+HEADERS_MAX = 1000
+_BACKLOG = 1024  # connections; a burst at zero comes all at once
+_CLOSE_S = 0.5  # for running exchanges to send the end of their answer
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Listener:
+    """Hands every request that can be relayed to `handler`. A client that goes away cancels its handler."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._runner: web.ServerRunner | None = None
+        self.address = ""  # HOST:PORT, once started
+
+    async def start(self, host: str, port: int) -> str:
+        """Listens; port 0 takes a free one. Returns HOST:PORT. Raises Unavailable if it cannot have the port."""
+        listening = _bind(host, port)
+        server = web.Server(
+            self._handle,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            max_line_size=HEADER_BYTES_MAX,
+            max_field_size=HEADER_BYTES_MAX,
+            max_headers=HEADERS_MAX,
+        )
+        self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
+        await self._runner.setup()
+        await web.SockSite(self._runner, listening, backlog=_BACKLOG).start()
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{listening.getsockname()[1]}"
+        return self.address
+
+    async def close(self) -> None:
+        """Stops listening, closes idle connections, and cancels what still runs after half a second."""
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        refused = _refusal(request)
+        return await self._handler(request) if refused is None else refused
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise Unavailable(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; "
+            "choose another address or port, or port 0 for a free one"
+        ) from error
+
+
+def _refusal(request: web.BaseRequest) -> web.Response | None:
+    """The answer to requests that one HTTP/1.1 exchange cannot carry, None for all others."""
+    headers = request.headers
+    if hdrs.UPGRADE in headers and headers[hdrs.UPGRADE].lower() in ("websocket", "tcp"):
+        return web.Response(
+            status=501,
+            text=f"Upgrade: {headers[hdrs.UPGRADE]} is not supported: only plain HTTP/1.1 exchanges are relayed; "
+            "use server-sent events for streams\n",
+        )
+    if request.method == hdrs.METH_CONNECT:
+        return web.Response(
+            status=405,
+            headers={hdrs.ALLOW: "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE"},
+            text="CONNECT is not supported: this is no tunnel; send plain HTTP requests for cluster-local names\n",
+        )
+    if hdrs.EXPECT in headers and headers[hdrs.EXPECT].lower() != "100-continue":
+        return web.Response(status=417, text=f"Expect: {headers[hdrs.EXPECT]} is unknown; 100-continue is known\n")
+    return None

@@ -1,0 +1,412 @@
+"""Knative Serving on one machine, in one process: what `stagecraft local start` and `stagecraft up` run.
+
+    manifests -> ServiceController -> Revision -> Replica        a process behind its queue-proxy
+    requests  -> Ingress -> Revision (activator or direct) -> Replica
+    clock     -> Platform._turn -> Revision.tick                 the autoscaler
+
+Replicas are children of this process and end with it, whatever ends it (`knative/kubelet`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from knative.autoscaler.config import AutoscalerConfig
+from knative.errors import NotFound, Unavailable
+from knative.images import Command, Images
+from knative.kubelet.kubelet import Kubelet
+from knative.kubelet.pod import Pod
+from knative.metrics import Metrics
+from knative.network.forward import relay_session
+from knative.network.ingress import Ingress, Route
+from knative.network.listener import Listener
+from knative.network.tunnel import Target, Tunnel
+from knative.resources.config_maps import DefaultsConfig, FeaturesConfig
+from knative.resources.documents import Document, parse
+from knative.resources.objects import ConfigMap, Resource, Service
+from knative.resources.service import Settings, check_update
+from knative.revision import LogFile, Node, Revision
+from knative.service import ServiceController
+
+log = structlog.get_logger()
+
+_GRACE_S = 5.0  # for running answers, when the platform ends
+_LOOK_EVERY_S = 0.05
+WAKES = "stagecraft.dev/wakes"  # annotation: services that a request to this one, at zero, wakes along
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformSettings:
+    """Where a platform listens and keeps its files. Port 0 takes any free one."""
+
+    folder: Path  # logs
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    metrics_port: int = 0  # of the platform's own metrics
+    default_service: str = ""  # NAMESPACE/NAME, gets the requests that name no service
+    grpc_port: int | None = None  # passes HTTP/2 connections on to the default service; None: not
+    images: Mapping[str, Command] = field(default_factory=dict)  # further rows of the image table
+    fork: bool = True  # start replicas from pre-imported interpreters
+    drain_quiet_s: float = 2.0  # Knative: 30 s, for routers that learn late that a replica goes
+    gpus: tuple[str, ...] | None = None  # None: those that are found
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of one object."""
+
+    kind: str  # as kubectl prints it: service.serving.knative.dev, configmap
+    namespace: str
+    name: str
+    action: Literal["created", "configured", "unchanged", "skipped"]
+    note: str = ""
+
+
+class Platform:
+    """Use it as an async context manager; on the way out every replica has ended."""
+
+    def __init__(self, settings: PlatformSettings) -> None:
+        self.settings = settings
+        self.started = datetime.now(UTC)
+        self._services: dict[tuple[str, str], ServiceController] = {}
+        self._config_maps: dict[tuple[str, str], ConfigMap] = {}
+        self._settings_in_force = Settings()
+        self._metrics = Metrics(self._revisions)
+        self._images = Images(settings.images)
+        self._kubelet = Kubelet(settings.folder, fork=settings.fork, gpus=settings.gpus, on_change=self._pod_changed)
+        self._clock = _unix_clock()
+        self._ingress = Ingress()
+        self._tunnel = Tunnel(self._connect_default)
+        self._metrics_page = Listener(self._metrics_text)
+        self._turning: asyncio.Task[None] | None = None
+
+    # -- life
+
+    async def __aenter__(self) -> Self:
+        self._session = relay_session()
+        try:
+            await self._listen()
+            await self._kubelet.start()
+        except OSError as error:
+            await self._close()
+            raise Unavailable(f"cannot use the folder {self.settings.folder}: {error.strerror or error}") from None
+        except BaseException:
+            await self._close()
+            raise
+        self._node = Node(
+            kubelet=self._kubelet,
+            session=self._session,
+            images=self._images,
+            metrics=self._metrics,
+            clock=self._clock,
+            drain_quiet_s=self.settings.drain_quiet_s,
+            ingress=_reachable(self._ingress.address),
+            grpc_service=self.settings.default_service if self.settings.grpc_port is not None else "",
+        )
+        self._turning = asyncio.create_task(self._turn())
+        return self
+
+    async def _listen(self) -> None:
+        settings = self.settings
+        await self._ingress.start(settings.host, settings.port)
+        await self._metrics_page.start(settings.host, settings.metrics_port)
+        if settings.grpc_port is not None:
+            await self._tunnel.start(settings.host, settings.grpc_port)
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        try:
+            await self._running_answers()
+        finally:  # when cancelled once more, without grace
+            await self._end_all()
+
+    async def _running_answers(self) -> None:
+        """Lets answers end that are on their way, for a while."""
+        for _ in range(int(_GRACE_S / _LOOK_EVERY_S)):
+            if not any(revision.in_flight for revision in self._revisions()):
+                return
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _end_all(self) -> None:
+        if self._turning is not None:
+            self._turning.cancel()
+            await asyncio.gather(self._turning, return_exceptions=True)
+        await asyncio.gather(self._ingress.close(), self._tunnel.close(), self._metrics_page.close())
+        await asyncio.gather(*(controller.close() for controller in self._services.values()))
+        self._services.clear()
+        await self._kubelet.close(now=True)
+        await self._session.close()
+
+    async def _turn(self) -> None:
+        """Ticks all revisions on each whole second."""
+        while True:
+            now_s = self._clock()
+            await asyncio.sleep(1.0 - now_s % 1.0)
+            for revision in list(self._revisions()):
+                try:
+                    revision.tick()
+                except Exception:  # a mistake in one revision must not stop the clock of the others
+                    log.exception("tick_failed", revision=revision.id.name)
+
+    # -- objects
+
+    @property
+    def url(self) -> str:
+        """Of the ingress, for clients on this machine."""
+        return f"http://{_reachable(self._ingress.address)}"
+
+    @property
+    def grpc(self) -> str:
+        """HOST:PORT for gRPC clients on this machine, "" when there is none."""
+        return _reachable(self._tunnel.address)
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{_reachable(self._metrics_page.address)}/metrics"
+
+    async def apply(self, documents: Sequence[Document], *, dry_run: bool = False) -> list[Applied]:
+        """Takes over manifests. Raises ValidationError, and then nothing has been applied."""
+        known = self._settings_in_force
+        parsed = parse(documents, autoscaler=known.autoscaler, defaults=known.defaults, features=known.features)
+        for resource in parsed.resources:
+            if isinstance(resource, Service) and (resource.namespace, resource.name) in self._services:
+                check_update(self._services[resource.namespace, resource.name].service, resource)
+        applied = []
+        for resource in parsed.resources:  # config maps come first, so that services start by them
+            action = self._action(resource)
+            if not dry_run and action != "unchanged":
+                self._take(resource)
+            applied.append(Applied(_kind(resource), resource.namespace, resource.name, action))
+        if applied and parsed.warnings:
+            applied[-1] = replace(applied[-1], note="\n".join(parsed.warnings))
+        for skipped in parsed.skipped:
+            applied.append(Applied(skipped.kind.lower(), "", skipped.name, "skipped", skipped.reason))
+        return applied
+
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
+        """Returns once nothing of the object is left. Raises NotFound."""
+        key = (namespace, name)
+        if kind == "service" and key in self._services:
+            controller = self._services.pop(key)
+            self._route()
+            await controller.close(gently=True)
+        elif kind == "configmap" and key in self._config_maps:
+            del self._config_maps[key]
+            self._reconfigure()
+        else:
+            raise NotFound(f"{kind} {name!r} not found in namespace {namespace!r}")
+
+    def wake(self, services: Sequence[str], namespace: str) -> None:
+        """Starts what is at zero, as a request would. Unknown names are overlooked: they may come later."""
+        for service in services:
+            controller = self._services.get((namespace, service))
+            for _, revision in controller.targets() if controller else ():
+                revision.wake()
+
+    def _action(self, resource: Resource) -> Literal["created", "configured", "unchanged"]:
+        key = (resource.namespace, resource.name)
+        if isinstance(resource, ConfigMap):
+            before: Resource | None = self._config_maps.get(key)
+        else:
+            before = self._services[key].service if key in self._services else None
+        if before is None:
+            return "created"
+        return "unchanged" if before == resource else "configured"
+
+    def _take(self, resource: Resource) -> None:
+        key = (resource.namespace, resource.name)
+        if isinstance(resource, ConfigMap):
+            self._config_maps[key] = resource
+            self._reconfigure()
+        elif key in self._services:
+            self._services[key].update(resource)
+        else:
+            self._services[key] = ServiceController(
+                resource, self._node, self._settings_in_force.autoscaler, changed=self._route, wakes=self._wake_along
+            )
+        self._route()
+
+    def _reconfigure(self) -> None:
+        data = {name: config_map.data for (_, name), config_map in self._config_maps.items()}
+        self._settings_in_force = Settings(
+            AutoscalerConfig.from_data(data.get("config-autoscaler", {})),
+            DefaultsConfig.from_data(data.get("config-defaults", {})),
+            FeaturesConfig.from_data(data.get("config-features", {})),
+        )
+        for controller in self._services.values():
+            controller.configure(self._settings_in_force.autoscaler)
+
+    def _route(self) -> None:
+        routes: dict[str, Route] = {}
+        for (namespace, name), controller in self._services.items():
+            targets = controller.targets()
+            routes[f"{name}.{namespace}"] = Route(tuple((target.percent, revision) for target, revision in targets))
+            tagged = {target.tag: revision for target, revision in targets if target.tag}
+            routes |= {f"{tag}-{name}.{namespace}": Route(((100, one),)) for tag, one in tagged.items()}
+        namespace, _, name = self.settings.default_service.partition("/")
+        self._ingress.set_routes(routes, routes.get(f"{name}.{namespace}"))
+
+    def _connect_default(self) -> AbstractAsyncContextManager[Target]:
+        """Raises Unavailable when the default service has not been applied."""
+        namespace, _, name = self.settings.default_service.partition("/")
+        controller = self._services.get((namespace, name))
+        if controller is None:
+            raise Unavailable(f"the default service {self.settings.default_service} has not been applied")
+        return controller.targets()[0][1].connect()
+
+    async def _metrics_text(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path != "/metrics":
+            return web.Response(status=404, text="there is /metrics\n")
+        return web.Response(body=self.metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _wake_along(self, controller: ServiceController) -> None:
+        names = controller.service.annotations.get(WAKES, "")
+        if names:
+            self.wake([name.strip() for name in names.split(",")], controller.service.namespace)
+
+    def _pod_changed(self, pod: Pod) -> None:
+        for revision in self._revisions():
+            if any(replica.pod is pod for replica in revision.replicas):
+                revision.pod_changed(pod)
+
+    def _revisions(self) -> Iterator[Revision]:
+        for controller in self._services.values():
+            yield from controller.revisions
+
+    # -- what is shown
+
+    def get(self, kind: str, namespace: str | None) -> list[dict[str, Any]]:
+        """Objects as `kubectl get -o json` shows them; `namespace` None: of all."""
+        found = {
+            "service": self._get_services,
+            "revision": self._get_revisions,
+            "pod": self._get_pods,
+            "configmap": self._get_config_maps,
+        }[kind]()
+        return [one for one in found if namespace is None or one["metadata"]["namespace"] == namespace]
+
+    def _get_services(self) -> Iterator[dict[str, Any]]:
+        for (namespace, name), controller in sorted(self._services.items()):
+            manifest = dict(controller.service.manifest)
+            metadata = {
+                **_mapping(manifest.get("metadata")),
+                "generation": controller.generation,
+                "creationTimestamp": _rfc3339(controller.created),
+            }
+            status = controller.status(self.service_url(namespace, name))
+            yield {**manifest, "metadata": metadata, "status": status}
+
+    def _get_revisions(self) -> Iterator[dict[str, Any]]:
+        for revision in self._revisions():
+            status = revision.status()
+            yield {
+                "apiVersion": "serving.knative.dev/v1",
+                "kind": "Revision",
+                "metadata": {
+                    "name": revision.id.name,
+                    "namespace": revision.id.namespace,
+                    "generation": revision.id.generation,
+                    "labels": {"serving.knative.dev/service": revision.id.service},
+                    "annotations": dict(revision.template.annotations),
+                    "creationTimestamp": _rfc3339(revision.created),
+                },
+                "status": {
+                    "actualReplicas": status["ready"],
+                    "desiredReplicas": status["desired"],
+                    "conditions": revision.conditions(),
+                },
+            }
+
+    def _get_pods(self) -> Iterator[dict[str, Any]]:
+        for revision in self._revisions():
+            for pod in revision.status()["pods"]:
+                yield {
+                    "apiVersion": "v1",
+                    "kind": "Pod",
+                    "metadata": {
+                        "name": pod["name"],
+                        "namespace": revision.id.namespace,
+                        "labels": {
+                            "serving.knative.dev/service": revision.id.service,
+                            "serving.knative.dev/revision": revision.id.name,
+                        },
+                    },
+                    "status": pod,
+                }
+
+    def _get_config_maps(self) -> Iterator[dict[str, Any]]:
+        for _, config_map in sorted(self._config_maps.items()):
+            yield dict(config_map.manifest)
+
+    def service_url(self, namespace: str, name: str) -> str:
+        """By path, which works without DNS."""
+        return f"{self.url}/{namespace}/{name}"
+
+    def logs(self, namespace: str, name: str) -> list[LogFile]:
+        """Of a service, a revision or a pod, the oldest first. Raises NotFound."""
+        found = False
+        files = []
+        for revision in self._revisions():
+            if revision.id.namespace == namespace:
+                whole = name in (revision.id.service, revision.id.name)
+                files += [file for file in revision.log_files() if whole or file.pod == name]
+                found = found or whole
+        if not files and not found:
+            raise NotFound(f"no service, revision or pod {name!r} in namespace {namespace!r}")
+        return files
+
+    def status(self) -> dict[str, Any]:
+        """For `stagecraft status`."""
+        return {
+            "platform": {
+                "name": self.settings.name,
+                "pid": os.getpid(),
+                "url": self.url,
+                "folder": str(self.settings.folder),
+                "started_at": _rfc3339(self.started),
+            },
+            "revisions": [revision.status() for revision in self._revisions()],
+        }
+
+    def metrics(self) -> bytes:
+        return self._metrics.text()
+
+
+def _unix_clock() -> Callable[[], float]:
+    """Unix seconds that never jump: a corrected wall clock must not look like a day without requests."""
+    offset_s = time.time() - time.monotonic()
+    return lambda: offset_s + time.monotonic()
+
+
+def _reachable(address: str) -> str:
+    """A wildcard address is for servers; a client on this machine uses loopback."""
+    host, _, port = address.rpartition(":")
+    return f"{_LOOPBACK.get(host, host)}:{port}" if port else ""
+
+
+def _kind(resource: Resource) -> str:
+    return "configmap" if isinstance(resource, ConfigMap) else "service.serving.knative.dev"
+
+
+def _rfc3339(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,275 @@
+"""Manifests from files, and the resources in them.
+
+documents = read_documents(Path("knative/"))
+parsed = parse(documents, autoscaler=AutoscalerConfig(), defaults=DefaultsConfig())
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+from knative.autoscaler.config import AutoscalerConfig
+from knative.errors import ValidationError
+from knative.resources import schema
+from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
+from knative.resources.field_errors import FieldError, Problems
+from knative.resources.kinds import reason_to_skip, unknown_kind
+from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
+from knative.resources.objects import ConfigMap, Resource
+from knative.resources.service import API_VERSION, Settings, read_service
+from knative.resources.trees import Tree, child, text, text_map
+from knative.resources.yaml_text import Text, lines_below, read_json, read_yaml
+
+FILE_BYTES_MAX = 4 << 20
+_SUFFIXES = (".yaml", ".yml", ".json")
+_NO_MANIFEST = "not a manifest: expected a mapping with apiVersion and kind"
+_EVENTING = "knative-eventing"  # its config-features is another one
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One object of a manifest, as written. `line` is where it starts, `lines` where each of its fields does."""
+
+    file: str
+    line: int
+    value: Mapping[str, object]
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    def line_of(self, path: str) -> int:
+        """The line of the field at `path`, or of the nearest one around it that is written."""
+        while path and path not in self.lines:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return self.lines[path] if path else self.line
+
+    def place(self, path: str = "") -> str:
+        """`line_of` with the file: "file.yaml:12"."""
+        return f"{self.file}:{self.line_of(path)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An object that a cluster needs and one machine does not."""
+
+    kind: str
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"skipped {self.kind} {self.name}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What an apply comes to. `warnings` say what of it has no effect here; `settings` are those now in force."""
+
+    resources: tuple[Resource, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...]
+    settings: Settings
+
+
+def read_documents(path: Path) -> list[Document]:
+    """The documents of a file, or of all .yaml, .yml and .json files under a folder, in the order of their names.
+
+    Raises ValidationError with every file and line that cannot be read."""
+    documents: list[Document] = []
+    problems: list[str] = []
+    for file in _files(path):
+        try:
+            documents.extend(parse_documents(read_text(file), str(file)))
+        except ValidationError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ValidationError(problems)
+    return documents
+
+
+def parse_documents(content: str, source: str) -> list[Document]:
+    """The documents of a text; `source` is its file name, for errors and for telling JSON from YAML."""
+    texts = read_json(content, source) if source.endswith(".json") else read_yaml(content, source)
+    documents: list[Document] = []
+    for found in texts:
+        if not isinstance(found.value, dict):
+            raise ValidationError([f"{source}:{found.line}: {_NO_MANIFEST}"])
+        documents.extend(_unfolded(found, source))
+    return documents
+
+
+def parse(
+    documents: Sequence[Document],
+    *,
+    autoscaler: AutoscalerConfig,
+    defaults: DefaultsConfig,
+    features: FeaturesConfig | None = None,
+) -> Parsed:
+    """The resources in `documents`, config maps first: they are in force for the Services beside them.
+
+    Raises ValidationError with all problems of all documents, each with its file and line."""
+    parser = _Parser(Settings(autoscaler, defaults, features or FeaturesConfig()))
+    return parser.parse(documents)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    files = [file for file in files if file.suffix in _SUFFIXES]
+    if not files:
+        raise ValidationError([f"{path}: no manifests here; expected files named *.yaml, *.yml or *.json"])
+    return files
+
+
+def read_text(file: Path) -> str:
+    """The text of a file. Raises ValidationError that says why it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(FILE_BYTES_MAX + 1)
+    except FileNotFoundError:
+        raise ValidationError([f"{file}: no such file or folder"]) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValidationError([f"{file} cannot be read: {reason}"]) from None
+    if len(data) > FILE_BYTES_MAX:
+        raise ValidationError([f"{file} is larger than {FILE_BYTES_MAX >> 20} MiB; that is no manifest"])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValidationError([f"{file}:{line}: not UTF-8 text"]) from None
+
+
+def _unfolded(found: Text, source: str) -> Iterator[Document]:
+    """The members of a List, or the one object itself."""
+    value = cast(Mapping[str, object], found.value)
+    items = value.get("items")
+    if value.get("kind") != "List" or not isinstance(items, list):
+        yield Document(source, found.line, value, found.lines)
+        return
+    for i, item in enumerate(items):
+        path = f"items[{i}]"
+        line = found.lines.get(path, found.line)
+        if not isinstance(item, dict):
+            raise ValidationError([f"{source}:{line}: {_NO_MANIFEST}"])
+        yield Document(source, line, item, dict(lines_below(found.lines, path)))
+
+
+_Object = tuple[Document, str, str]
+"""A document, its apiVersion and its kind."""
+
+
+class _Parser:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._resources: list[Resource] = []
+        self._skipped: list[Skipped] = []
+        self._warnings: list[str] = []
+        self._problems: list[str] = []
+        self._seen: dict[tuple[str, str, str], Document] = {}
+
+    def parse(self, documents: Iterable[Document]) -> Parsed:
+        objects = [found for document in documents if (found := self._identified(document))]
+        for document, api_version, kind in objects:
+            if (api_version, kind) == ("v1", "ConfigMap"):
+                self._config_map(document)
+        for document, api_version, kind in objects:
+            if (api_version, kind) == (API_VERSION, "Service"):
+                self._service(document)
+            elif (api_version, kind) != ("v1", "ConfigMap"):
+                self._other(document, api_version, kind)
+        if self._problems:
+            raise ValidationError(self._problems)
+        return Parsed(tuple(self._resources), tuple(self._skipped), tuple(self._warnings), self._settings)
+
+    def _identified(self, document: Document) -> _Object | None:
+        if Path(document.file).stem.lower() == "kustomization" and "kind" not in document.value:
+            self._skipped.append(Skipped("Kustomization", document.file, "it lists files for a cluster's tools"))
+            return None
+        names = {name: document.value.get(name) for name in ("apiVersion", "kind")}
+        missing = [name for name, value in names.items() if value in (None, "")]
+        if missing:
+            self._problem(document, FieldError("missing field(s)", tuple(missing)))
+        wrong = [name for name, value in names.items() if name not in missing and not isinstance(value, str)]
+        for name in wrong:
+            self._problem(document, FieldError(f"invalid value: {names[name]}", (name,), "expected text"))
+        return None if missing or wrong else (document, str(names["apiVersion"]), str(names["kind"]))
+
+    def _service(self, document: Document) -> None:
+        service, problems = read_service(document.value, self._settings)
+        self._note(document, problems)
+        if service is not None and self._first(document, "Service", service.namespace, service.name):
+            self._resources.append(service)
+
+    def _config_map(self, document: Document) -> None:
+        problems = Problems()
+        tree = cast(Tree, schema.sifted(dict(document.value), schema.CONFIG_MAP, problems))
+        metadata = child(tree, "metadata")
+        name, namespace = text(metadata, "name"), text(metadata, "namespace") or "default"
+        if not name:
+            problems.missing("metadata.name")
+        elif not is_dns_1123_subdomain(name):
+            problems.invalid(name, "metadata.name", "not a DNS 1123 subdomain")
+        if not is_dns_1123_label(namespace):
+            problems.invalid(namespace, "metadata.namespace", "not a DNS 1123 label")
+        data = text_map(tree, "data")
+        if not problems.errors and namespace != _EVENTING:
+            self._settle(name, data, problems)
+        self._note(document, problems)
+        if not problems.errors and self._first(document, "ConfigMap", namespace, name):
+            manifest = {**tree, "metadata": {**metadata, "namespace": namespace}}
+            self._resources.append(ConfigMap(namespace, name, data, manifest))
+
+    def _settle(self, name: str, data: Mapping[str, str], problems: Problems) -> None:
+        """Puts Knative's settings in force."""
+        try:
+            match name:
+                case "config-autoscaler":
+                    self._settings = replace(self._settings, autoscaler=AutoscalerConfig.from_data(data))
+                case "config-defaults":
+                    self._settings = replace(self._settings, defaults=DefaultsConfig.from_data(data))
+                    _warn_keys(data, DEFAULTS_KEYS, problems)
+                case "config-features":
+                    self._settings = replace(self._settings, features=FeaturesConfig.from_data(data))
+                    _warn_keys(data, FEATURES_KEYS, problems)
+        except ValidationError as error:
+            for problem in error.problems:
+                problems.errors.append(FieldError(problem, (), at=_key_in(problem, data)))
+
+    def _other(self, document: Document, api_version: str, kind: str) -> None:
+        reason = reason_to_skip(api_version, kind)
+        if reason:
+            metadata = document.value.get("metadata")
+            name = metadata.get("name") if isinstance(metadata, dict) else None
+            self._skipped.append(Skipped(kind, str(name or document.place()), reason))
+            return
+        self._problem(document, FieldError(unknown_kind(api_version, kind), (), at="kind"))
+
+    def _first(self, document: Document, kind: str, namespace: str, name: str) -> bool:
+        before = self._seen.setdefault((kind, namespace, name), document)
+        if before is not document:
+            message = f'{kind} "{name}" is given twice in namespace {namespace}, first at {before.place()}'
+            self._problem(document, FieldError(message, (), at="metadata.name"))
+        return before is document
+
+    def _note(self, document: Document, problems: Problems) -> None:
+        for error in sorted(problems.errors, key=lambda error: document.line_of(error.place)):
+            self._problem(document, error)
+        self._warnings.extend(f"{document.place(warning.place)}: {warning}" for warning in problems.warnings)
+
+    def _problem(self, document: Document, error: FieldError) -> None:
+        self._problems.append(f"{document.place(error.place)}: {error}")
+
+
+def _warn_keys(data: Mapping[str, str], known: frozenset[str], problems: Problems) -> None:
+    for key in data:
+        if key not in known and key != "_example":
+            problems.warn(f'Knative knows no setting "{key}": it has no effect', f"data.{key}")
+
+
+def _key_in(problem: str, data: Mapping[str, str]) -> str:
+    """Where in the config map a complaint that names its key belongs."""
+    found = sorted((key for key in data if key in problem), key=len)
+    return f"data.{found[-1]}" if found else "data"

@@ -1,0 +1,97 @@
+"""The objects this platform runs, after defaulting and validation: what the rest of `knative/` works with.
+
+Names and meanings are those of serving.knative.dev/v1 and core/v1; durations are seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+ProbeKind = Literal["http", "tcp", "exec"]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """core/v1 Probe. `period_s` 0 is Knative's aggressive readiness: every 50 ms, 100 ms timeout."""
+
+    kind: ProbeKind = "tcp"
+    path: str = "/"
+    headers: tuple[tuple[str, str], ...] = ()
+    command: tuple[str, ...] = ()
+    port: int = 0  # 0: the container's own
+    initial_delay_s: int = 0
+    period_s: int = 0
+    timeout_s: int = 1
+    success_threshold: int = 1
+    failure_threshold: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """core/v1 Container, as far as a process of this machine can honour it."""
+
+    image: str
+    name: str = "user-container"
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    working_dir: str = ""
+    port: int = 8080  # what the manifest says; a replica gets a free one of this machine in PORT
+    port_name: str = ""  # "", http1 or h2c
+    readiness: Probe = Probe()
+    liveness: Probe | None = None
+    startup: Probe | None = None
+    cpus: float = 0.0  # limit, else request; 0: not said
+    memory_bytes: int = 0  # limit, else request; 0: not said
+    gpus: int = 0  # any resource named */gpu
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionTemplate:
+    """spec.template of a Service; a Revision is one of these under a name of its own."""
+
+    container: Container
+    container_concurrency: int = 0  # requests; 0: no limit
+    timeout_s: int = 300
+    response_start_timeout_s: int = 300
+    idle_timeout_s: int = 0  # 0: none
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""  # given by the user, else made from the generation
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficTarget:
+    """One entry of spec.traffic. `revision` "" is the latest ready one."""
+
+    revision: str = ""
+    percent: int = 100
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """serving.knative.dev/v1 Service. `manifest` is the object as applied, with defaults filled in."""
+
+    namespace: str
+    name: str
+    template: RevisionTemplate
+    traffic: tuple[TrafficTarget, ...] = (TrafficTarget(),)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    manifest: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigMap:
+    """core/v1 ConfigMap. Those named config-* are Knative's settings, in whatever namespace."""
+
+    namespace: str
+    name: str
+    data: Mapping[str, str]
+    manifest: Mapping[str, object] = field(default_factory=dict)
+
+
+Resource = Service | ConfigMap

@@ -1,0 +1,514 @@
+"""One revision of a service: replicas, activator and autoscaler, kept in step.
+
+    every second   what queue-proxies and activator counted goes into the autoscaler's windows
+    every 2 s      the autoscaler decides, the scaler bounds the decision, replicas are started or stopped
+    at once        a request held at zero makes it decide now; a replica that becomes ready gets the held requests
+
+After pkg/reconciler/autoscaling/kpa/kpa.go, pkg/autoscaler/scaling/multiscaler.go and pkg/reconciler/revision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+import string
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from knative.autoscaler.config import AutoscalerConfig, ScalerSpec, scaler_spec
+from knative.autoscaler.kpa import Autoscaler, Decision
+from knative.autoscaler.scale import PodScaler, Scaled
+from knative.errors import KnativeError, Unavailable
+from knative.images import Command, Images, expand, expand_env
+from knative.kubelet.kubelet import Kubelet
+from knative.kubelet.pod import Pod, PodSpec
+from knative.network.activator import Activator
+from knative.network.queue_proxy import QueueProxy
+from knative.network.timeouts import Timeouts
+from knative.replica import Replica
+from knative.resources.objects import RevisionTemplate
+
+if TYPE_CHECKING:
+    import aiohttp
+    from aiohttp import web
+
+    from knative.metrics import Metrics
+
+log = structlog.get_logger()
+
+_TICK_S = 2  # the autoscaler decides every 2 s (pkg/autoscaler/scaling/multiscaler.go)
+_NAME_LETTERS = string.ascii_lowercase + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What all revisions of a platform share."""
+
+    kubelet: Kubelet
+    session: aiohttp.ClientSession
+    images: Images
+    metrics: Metrics
+    clock: Callable[[], float]  # Unix seconds that never go back
+    drain_quiet_s: float
+    ingress: str = ""  # HOST:PORT, given to replicas as their HTTP proxy: cluster-local names need no DNS
+    grpc_service: str = ""  # NAMESPACE/NAME of the service whose replicas get a second port
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """What one run of a replica's process printed; `restart` counts the runs from 0."""
+
+    pod: str
+    restart: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionName:
+    namespace: str
+    service: str
+    name: str
+    generation: int
+
+
+class Revision:
+    """A revision's whole life. Not started until the first `tick`; `close` ends all of it."""
+
+    def __init__(
+        self,
+        name: RevisionName,
+        template: RevisionTemplate,
+        node: Node,
+        config: AutoscalerConfig,
+        *,
+        wakes: Callable[[], None] = lambda: None,
+        changed: Callable[[Revision], None] = lambda revision: None,
+    ) -> None:
+        self.id = name
+        self.template = template
+        self.replicas: list[Replica] = []
+        self.created = datetime.now(UTC)
+        self.failure = ""  # why no replica can be started at all, for people
+        self.was_ready = False
+        self._node = node
+        self._config = config
+        self._reachable = True
+        self._wakes = wakes
+        self._changed = changed
+        self._command: Command | None = None
+        self._closed = False
+        self._starting = 0
+        self._some_ready = asyncio.Event()
+        self._at_activator = 0.0  # mean concurrency in the last second
+        self._tasks: set[asyncio.Task[None]] = set()
+        now_s = node.clock()
+        self._spec = self._make_spec()
+        self._scaler = PodScaler(self._spec, now_s)
+        self._autoscaler = Autoscaler(self._spec, now_s, 0)
+        self.decision: Decision | None = None
+        self.scaled: Scaled | None = None
+        self.wanted = 0
+        self.activator = Activator(
+            revision=name.name,
+            container_concurrency=template.container_concurrency,
+            timeouts=self._timeouts(),
+            on_stat=self._on_activator_stat,
+            clock=node.clock,
+        )
+        self._resolve()
+
+    # -- what the controllers above use
+
+    @property
+    def spec(self) -> ScalerSpec:
+        return self._spec
+
+    @property
+    def reachable(self) -> bool:
+        return self._reachable
+
+    @property
+    def ready_replicas(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.ready]
+
+    @property
+    def proxied(self) -> bool:
+        """The activator is in the request path."""
+        return self.scaled is None or self.scaled.mode == "proxy"
+
+    def configure(self, config: AutoscalerConfig, *, reachable: bool) -> None:
+        """Takes over a changed config-autoscaler, or that a route has come or gone."""
+        if (config, reachable) == (self._config, self._reachable):
+            return
+        self._config, self._reachable = config, reachable
+        self._spec = self._make_spec()
+        self._autoscaler.update(self._spec)
+        self._scaler.update(self._spec)
+        self._reconcile()
+
+    @property
+    def _grpc(self) -> bool:
+        return f"{self.id.namespace}/{self.id.service}" == self._node.grpc_service
+
+    @property
+    def usable(self) -> bool:
+        """It has been ready once, or it need not be: with initial scale 0 it starts with the first request."""
+        return self.was_ready or (self._spec.initial_scale == 0 and not self.failure)
+
+    @property
+    def failing(self) -> bool:
+        return bool(self.failure) and not self.ready_replicas
+
+    def open(self) -> None:
+        """Starts the first replicas, as many as the initial scale says."""
+        if self._command is not None and self._command.preload:
+            self._spawn(self._node.kubelet.warm(self._command.preload))
+        self.wanted = self._scaler.initial_pods
+        self._scale_to(self.wanted, 0)
+        self._reconcile()
+
+    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answers a request that the ingress has routed here: straight to a replica when there is capacity to spare,
+        through the activator when not (knative-serving: SKS modes Serve and Proxy)."""
+        if not self.proxied:
+            replica = min(self.ready_replicas, key=lambda one: one.proxy.in_flight, default=None)
+            if replica is not None:
+                return await replica.proxy.handle(request, proxied=False)
+        return await self.activator.handle(request)
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Replica]:
+        """A ready replica for a connection that is no HTTP/1.1, woken if need be. Raises Unavailable."""
+        started_s = self._node.clock()
+        while not self.ready_replicas:
+            if self._node.clock() - started_s > self.template.response_start_timeout_s:
+                raise Unavailable(f"no replica of {self.id.name} became ready in time")
+            self.wake()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._some_ready.wait(), 1.0)
+        yield min(self.ready_replicas, key=lambda one: one.proxy.in_flight)
+
+    def wake(self) -> None:
+        """As if a request had come to the activator, for those who know that one will."""
+        if not self.replicas and not self._starting:
+            self.activator.poke()
+
+    def tick(self) -> None:
+        """Once a second, on the whole second. In a cluster this is the scraping of the pods (collector.go)."""
+        now_s = self._node.clock()
+        self._record(now_s)
+        if int(now_s) % _TICK_S == 0:
+            self._decide(now_s)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests held at the activator or in a replica."""
+        return self.activator.waiting + sum(replica.proxy.in_flight for replica in self.replicas)
+
+    async def close(self, *, gently: bool = False) -> None:
+        """Ends all replicas, now or once they have answered what they have."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if gently:
+            self._stop_replicas(len(self.replicas))
+            await asyncio.gather(*(replica.stopped() for replica in list(self.replicas)))
+        await asyncio.gather(*(replica.close() for replica in list(self.replicas)))
+        self.replicas.clear()
+
+    # -- statistics in, decision out
+
+    def _record(self, now_s: float) -> None:
+        reports = [(replica, replica.proxy.report(now_s)) for replica in self.replicas]
+        ready = [report for replica, report in reports if replica.ready]
+        if ready and self._spec.scraping:
+            concurrency = sum(report.concurrency - report.proxied_concurrency for report in ready)
+            requests = sum(report.requests - report.proxied_requests for report in ready)
+            self._autoscaler.record(now_s, max(0.0, concurrency), max(0.0, requests))
+        held = self.activator.report(now_s)
+        self._at_activator = 0.0 if held is None else held.concurrency
+        if held is None:
+            return
+        self._autoscaler.record(now_s, held.concurrency, held.requests)
+        if held.concurrency > 0 and (self.decision is None or not self.decision.desired):
+            self._decide(now_s)  # a decision of 0 was taken while somebody waits (cmd/autoscaler/main.go, accept)
+
+    def _on_activator_stat(self, concurrency: float) -> None:
+        """The first request after a pause: with nothing running there is no time to lose (multiscaler.go, Poke)."""
+        now_s = self._node.clock()
+        self._autoscaler.record(now_s, concurrency, concurrency)
+        if self.decision is None or not self.decision.desired:
+            self._node.metrics.count_cold_start(self.id)
+            self._wakes()
+            self._decide(now_s)
+
+    def _decide(self, now_s: float) -> None:
+        decision = self._autoscaler.decide(now_s, len(self.ready_replicas))
+        if decision.valid:
+            before, self.decision = self.decision, decision
+            if before is None or before.desired != decision.desired or before.panic != decision.panic:
+                self._say(decision, None if before is None else before.desired)
+        self._reconcile()
+
+    def _reconcile(self) -> None:
+        """Brings the replicas to what is wanted."""
+        if self._closed:
+            return
+        now_s = self._node.clock()
+        ready = len(self.ready_replicas)
+        living = [replica for replica in self.replicas if not replica.draining]
+        self.scaled = self._scaler.reconcile(
+            self.decision, ready_pods=ready, pods=len(living) + self._starting, probed=True, now_s=now_s
+        )
+        if self.scaled.want is not None:
+            self.wanted = self.scaled.want
+            self._scale_to(self.scaled.want, len(living) + self._starting)
+        backends = [replica.proxy for replica in self.ready_replicas]
+        self.activator.set_backends(backends)
+        if backends:
+            self._some_ready.set()
+        else:
+            self._some_ready.clear()
+        if self.scaled.recheck_after_s is not None:
+            self._later(self.scaled.recheck_after_s)
+        self._changed(self)
+
+    def _later(self, delay_s: float) -> None:
+        if delay_s < _TICK_S / 2:
+            asyncio.get_running_loop().call_later(delay_s, self._reconcile)
+
+    def _say(self, decision: Decision, before: int | None) -> None:
+        log.info(
+            "scale",
+            revision=self.id.name,
+            desired=decision.desired,
+            was=before,
+            ready=len(self.ready_replicas),
+            stable=round(decision.stable or 0.0, 3),
+            panic=round(decision.panic_average or 0.0, 3),
+            target=round(self._spec.target_value, 3),
+            panic_mode=decision.panic,
+            excess_burst_capacity=decision.excess_burst_capacity,
+            reason=decision.reason,
+        )
+
+    # -- replicas
+
+    def _scale_to(self, want: int, have: int) -> None:
+        if want > have:
+            log.info("scale_up", revision=self.id.name, replicas=want, had=have, reason=self._reason())
+            for _ in range(want - have):
+                self._start_replica()
+        elif want < have:
+            log.info("scale_down", revision=self.id.name, replicas=want, had=have, reason=self._reason())
+            self._stop_replicas(have - want)
+
+    def _reason(self) -> str:
+        return self.scaled.reason if self.scaled is not None else ""
+
+    def _stop_replicas(self, count: int) -> None:
+        """Those that are not ready go first, then the youngest (as the ReplicaSet controller ranks them)."""
+        living = [replica for replica in self.replicas if not replica.draining]
+        for replica in sorted(living, key=lambda one: (one.ready, -one.created_s))[:count]:
+            log.info("replica_stopping", revision=self.id.name, replica=replica.name)
+            replica.stop(quiet_s=self._node.drain_quiet_s, grace_s=self.template.timeout_s, gone=self._replica_gone)
+
+    def _replica_gone(self, replica: Replica) -> None:
+        if replica in self.replicas:
+            self.replicas.remove(replica)
+        if replica.grpc_port:
+            self._node.kubelet.give_back(replica.grpc_port)
+        log.info("replica_gone", revision=self.id.name, replica=replica.name)
+        self._reconcile()
+        self._changed(self)
+
+    def _start_replica(self) -> None:
+        if self._command is None:
+            return  # `failure` says why
+        self._starting += 1
+        self._spawn(self._run_replica(self._command))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_replica(self, command: Command) -> None:
+        name = f"{self.id.name}-{''.join(secrets.choice(_NAME_LETTERS) for _ in range(5))}"
+        try:
+            port = self._node.kubelet.port()
+            proxy = QueueProxy(
+                revision=self.id.name,
+                pod=name,
+                target_port=port,
+                container_concurrency=self.template.container_concurrency,
+                timeouts=self._timeouts(),
+                session=self._node.session,
+                ready=lambda: pod.phase == "ready",
+                clock=self._node.clock,
+                observe=self._node.metrics.observer(self.id),
+            )
+            await proxy.start()
+            grpc_port = self._node.kubelet.port() if self._grpc else 0
+            pod = self._node.kubelet.run(self._pod_spec(name, command, proxy.address, port, grpc_port), port)
+            self.replicas.append(Replica(pod, proxy, self._node.clock(), grpc_port))
+        except (OSError, KnativeError) as error:
+            self.failure = f"cannot start a replica: {error}"
+            log.error("replica_failed", revision=self.id.name, error=str(error))
+        finally:
+            self._starting -= 1
+        self._changed(self)
+
+    def pod_changed(self, pod: Pod) -> None:
+        """The kubelet says that a replica's process has started, become ready, crashed or ended."""
+        if pod.phase == "ready":
+            self.was_ready, self.failure = True, ""
+            self.activator.refuse("")
+        elif pod.phase == "backoff" and not self.ready_replicas:
+            # a cluster lets requests wait until they time out; here somebody sits before the terminal
+            self.failure = pod.message
+            self.activator.refuse(f"{self.id.service} cannot start: {pod.message}")
+        elif pod.phase == "starting":
+            self.activator.refuse("")
+        self._reconcile()
+
+    def _resolve(self) -> None:
+        """Finds the command of the image. Not found is like an image that cannot be pulled: applied, but not ready."""
+        try:
+            self._command = self._node.images.resolve(self.template.container)
+        except KnativeError as error:
+            self.failure = str(error)
+            self.activator.refuse(self.failure)
+
+    def _pod_spec(self, name: str, command: Command, address: str, port: int, grpc_port: int) -> PodSpec:
+        container = self.template.container
+        env = self._environment(name, command, address, port, grpc_port)
+        return PodSpec(
+            name=name,
+            command=_expanded(command, env),
+            env=env,
+            working_dir=container.working_dir,
+            readiness=container.readiness,
+            liveness=container.liveness,
+            startup=container.startup,
+            grace_s=self.template.timeout_s,
+            gpus=container.gpus,
+            cpus=container.cpus,
+        )
+
+    def _environment(self, name: str, command: Command, address: str, port: int, grpc_port: int) -> dict[str, str]:
+        """Knative's variables, what the image table adds, and the manifest's own, which may refer to the former."""
+        env = {
+            "PORT": str(port),
+            "K_SERVICE": self.id.service,
+            "K_CONFIGURATION": self.id.service,
+            "K_REVISION": self.id.name,
+            "HOSTNAME": name,
+            "POD_ADDRESS": address,  # ours: what POD_IP:8012 is on a cluster
+            "GRPC_PORT": str(grpc_port),  # ours: 0 where gRPC has no way in
+        }
+        if self._node.ingress:
+            # by name (cluster DNS) through the ingress, by address directly
+            env |= {"http_proxy": f"http://{self._node.ingress}", "no_proxy": "127.0.0.1,localhost,::1"}
+        return expand_env(itertools.chain(command.env.items(), self.template.container.env), env)
+
+    def _make_spec(self) -> ScalerSpec:
+        return scaler_spec(
+            self._config, self.template.annotations, self.template.container_concurrency, reachable=self._reachable
+        )
+
+    def _timeouts(self) -> Timeouts:
+        template = self.template
+        return Timeouts(template.timeout_s, template.response_start_timeout_s, template.idle_timeout_s)
+
+    # -- what is shown
+
+    def status(self) -> dict[str, Any]:
+        """One entry of `Platform.status`."""
+        stages = [replica.stage for replica in self.replicas]
+        decision, scaled, spec = self.decision, self.scaled, self._spec
+        now_s = self._node.clock()
+        return {
+            "namespace": self.id.namespace,
+            "service": self.id.service,
+            "revision": self.id.name,
+            "generation": self.id.generation,
+            "state": self.state,
+            "recommended": None if decision is None else decision.desired,
+            "desired": self.wanted,
+            "ready": stages.count("ready"),
+            "starting": stages.count("starting") + self._starting,
+            "draining": stages.count("draining"),
+            "failed": stages.count("failed"),
+            "not_ready": len(stages) - stages.count("ready") + self._starting,
+            "stable": None if decision is None else decision.stable,
+            "panic": None if decision is None else decision.panic_average,
+            "target": spec.target_value,
+            "metric": spec.scaling_metric,
+            "panic_mode": decision is not None and decision.panic,
+            "mode": "proxy" if scaled is None else scaled.mode,
+            "excess_burst_capacity": None if decision is None else decision.excess_burst_capacity,
+            "waiting": self.activator.waiting,
+            "at_activator": self._at_activator,
+            "in_flight": self.in_flight,
+            "queued": self.in_flight - self.activator.waiting,
+            "min_scale": spec.min_scale,
+            "max_scale": spec.max_scale,
+            "message": self.failure,
+            "pods": [self._pod_status(replica, now_s) for replica in self.replicas],
+        }
+
+    def conditions(self) -> list[dict[str, str]]:
+        """As `kubectl get revision` shows them."""
+        ready = "True" if self.usable and not self.failing else ("False" if self.failing else "Unknown")
+        condition = {"type": "Ready", "status": ready}
+        if self.failing:
+            condition |= {
+                "reason": "ContainerMissing" if self._command is None else "ExitCode",
+                "message": self.failure,
+            }
+        active = "True" if self.state == "Active" else "False" if self.state == "Inactive" else "Unknown"
+        return [condition, {"type": "Active", "status": active}]
+
+    def log_files(self) -> list[LogFile]:
+        """What its replicas have printed, those of the oldest first."""
+        return [
+            LogFile(replica.name, int(path.stem), path)
+            for replica in sorted(self.replicas, key=lambda one: one.created_s)
+            for path in replica.pod.logs()
+        ]
+
+    @property
+    def state(self) -> str:
+        if self.failing:
+            return "Failed"
+        return (self.scaled.state if self.scaled is not None else "activating").capitalize()
+
+    @staticmethod
+    def _pod_status(replica: Replica, now_s: float) -> dict[str, Any]:
+        pod = replica.pod
+        return {
+            "name": replica.name,
+            "phase": "draining" if replica.draining else pod.phase,
+            "address": replica.proxy.address,
+            "pid": pod.pid,
+            "restarts": pod.restarts,
+            "age_s": round(now_s - replica.created_s, 1),
+            "message": pod.message,
+            "in_flight": replica.proxy.in_flight,
+        }
+
+
+def _expanded(command: Command, env: Mapping[str, str]) -> Command:
+    """With $(VAR) in its arguments replaced. Its own variables are in `env` already."""
+    argv, args = ([expand(text, env) for text in part] for part in (command.argv, command.args))
+    return replace(command, argv=tuple(argv), args=tuple(args), env={})

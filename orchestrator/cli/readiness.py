@@ -1,0 +1,86 @@
+"""Waits until services are Ready, and shows what they wait for. After `kn service apply --wait`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.cli.console import err, note
+from orchestrator.cli.objects_view import ready_condition
+
+if TYPE_CHECKING:
+    from knative.client import Client
+
+POLL_S = 0.2
+FAILED_FOR_S = 2.0  # Ready may be False for a moment while a new revision comes up
+
+Key = tuple[str, str]  # namespace, name
+
+
+def wait_ready(client: Client, services: Sequence[Key], timeout_s: float) -> bool:
+    """Whether all of them became Ready in time; says of each one when it is, or why it is not. Raises KnativeError."""
+    wait = _Wait(services, time.monotonic() + timeout_s)
+    if not err.is_terminal:
+        return wait.run(client, lambda text: None if not text else note(text))
+    with err.status("") as status:
+        return wait.run(client, status.update)
+
+
+class _Wait:
+    def __init__(self, services: Sequence[Key], ends_s: float) -> None:
+        self._left = dict.fromkeys(services, "")  # what each waits for
+        self._failing_since_s: dict[Key, float] = {}
+        self._ends_s = ends_s
+        self._all_ready = True
+
+    def run(self, client: Client, show: Any) -> bool:
+        while True:
+            before = dict(self._left)
+            items = {_key(item): item for item in client.get("service")}
+            for key in before:
+                self._look(key, items.get(key))
+            if not self._left:
+                return self._all_ready
+            if time.monotonic() >= self._ends_s:
+                for key, message in self._left.items():
+                    note(f"service {key[1]} is not ready in time: {message}")
+                return False
+            if self._left != before:
+                show("\n".join(f"service {key[1]}: {message}" for key, message in self._left.items() if message))
+            time.sleep(POLL_S)
+
+    def _look(self, key: Key, item: Mapping[str, Any] | None) -> None:
+        if item is None:
+            self._finish(key, f"service {key[1]} was deleted meanwhile", ready=False)
+            return
+        condition = ready_condition(item)
+        if not _is_current(item):
+            condition = {}
+        status, message = condition.get("status"), _message(condition)
+        self._left[key] = message or "not yet looked at"
+        if status == "True":
+            self._finish(key, f"service {key[1]} is ready at {item['status'].get('url', '')}", ready=True)
+        elif status != "False":
+            self._failing_since_s.pop(key, None)
+        elif time.monotonic() - self._failing_since_s.setdefault(key, time.monotonic()) >= FAILED_FOR_S:
+            self._finish(key, f"service {key[1]} failed: {message}", ready=False)
+
+    def _finish(self, key: Key, message: str, *, ready: bool) -> None:
+        del self._left[key]
+        self._all_ready &= ready
+        note(message)
+
+
+def _is_current(item: Mapping[str, Any]) -> bool:
+    """Whether the status speaks of what was applied last."""
+    generation = item["metadata"].get("generation")
+    return bool(item.get("status", {}).get("observedGeneration", generation) == generation)
+
+
+def _message(condition: Mapping[str, Any]) -> str:
+    return ": ".join(str(condition[field]) for field in ("reason", "message") if condition.get(field))
+
+
+def _key(item: Mapping[str, Any]) -> Key:
+    return str(item["metadata"]["namespace"]), str(item["metadata"]["name"])

@@ -1,0 +1,64 @@
+"""Which of the replicas in use are about to end, found out by asking them.
+
+Knative tells nobody which pod it takes at scale-down, but a queue-proxy that drains fails its probes while it still
+serves. After pkg/queue/sharedmain/main.go and knative.dev/pkg/network/handlers/drain.go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import aiohttp
+import structlog
+
+log = structlog.get_logger()
+
+# both are needed: without that user agent the probe would be passed on to the stage
+_PROBE = {"K-Network-Probe": "queue", "User-Agent": "Knative-Activator-Probe"}
+_DRAINING = "shutting down"
+_TIMEOUT_S = 2.0
+
+
+class ReplicaWatch:
+    """`draining` holds the replicas in use (http://HOST:PORT/) that drain or are gone."""
+
+    def __init__(self, session: aiohttp.ClientSession, every_s: float, in_use: Callable[[], set[str]]) -> None:
+        self.draining: set[str] = set()
+        self._session = session
+        self._every_s = every_s
+        self._in_use = in_use
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """To be called when a replica is taken into use; the watch ends by itself when none is."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_s)
+            urls = sorted(self._in_use())
+            if not urls:
+                self.draining.clear()
+                return
+            answers = await asyncio.gather(*(self._drains(url) for url in urls))
+            draining = {url for url, drains in zip(urls, answers, strict=True) if drains}
+            for url in draining - self.draining:
+                log.info("replica_draining", replica=url)
+            self.draining = draining
+
+    async def _drains(self, url: str) -> bool:
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        try:
+            async with self._session.get(f"{url}healthz", headers=_PROBE, timeout=timeout) as response:
+                return response.status == 503 and _DRAINING in await response.text()
+        except aiohttp.ClientConnectorError:
+            return True  # nobody listens there
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+            return False  # busy, or cut off: the next step finds out

@@ -1,0 +1,429 @@
+"""Stages with several replicas that come and go: the text stays the same, and the load goes where it should.
+
+In front of each stage process stands a small server that behaves as Knative's queue-proxy does towards clients, and in
+front of a stage's replicas another that behaves as its service does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+from aiohttp import web
+
+from functions.contract import events
+from orchestrator.chain import Chain, ChainSettings
+from orchestrator.generation import GenerationRequest
+
+NEW_TOKENS = 20
+LONG = 80
+HALVES = ["0:2", "2:4"]
+TIMEOUT_S = 60  # only reached by what would hang for ever
+
+
+class Door:
+    """An HTTP server that passes events on. `lanes` counts the steps that came, by lane; `kinds` events by type."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self.lanes: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.targets: list[str] = []  # as the request line has them
+        self.address = ""
+        self._session = session
+        self._runner = web.AppRunner(_application(self._answer), access_log=None, shutdown_timeout=0)
+
+    async def open(self) -> None:
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        host, port = self._runner.addresses[0][:2]
+        self.address = f"{host}:{port}"
+
+    async def close(self) -> None:
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        if request.method == "GET":
+            return self._probe(request)
+        body = await request.read()
+        self.kinds[request.headers["ce-type"]] += 1
+        self.targets.append(request.raw_path)
+        if request.headers["ce-type"] == events.STEP:
+            self.lanes[request.headers["ce-lane"]] += 1
+        return await self._event(request, body)
+
+    def _probe(self, request: web.Request) -> web.Response:
+        raise NotImplementedError
+
+    async def _event(self, request: web.Request, body: bytes) -> web.Response:
+        raise NotImplementedError
+
+    async def _pass_on(self, url: str, request: web.Request, body: bytes) -> web.Response:
+        async with self._session.post(url, data=body, headers=_ours(request.headers)) as reply:
+            return web.Response(body=await reply.read(), status=reply.status, headers=_ours(reply.headers))
+
+
+def _application(answer: Any) -> web.Application:
+    app = web.Application(client_max_size=1 << 30)
+    app.router.add_route("*", "/{path:.*}", answer)
+    return app
+
+
+def _ours(headers: Any) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower().startswith(("ce-", "content-type"))}
+
+
+class Replica(Door):
+    """A stage process behind its queue-proxy."""
+
+    stage_url = ""
+    draining = False
+    full = False
+    step_takes_s = 0.0
+
+    def _probe(self, request: web.Request) -> web.Response:
+        assert request.headers["K-Network-Probe"] == "queue"
+        assert request.headers["User-Agent"].startswith("Knative-Activator-Probe")
+        return web.Response(text="shutting down\n", status=503) if self.draining else web.Response(text="queue")
+
+    async def _event(self, request: web.Request, body: bytes) -> web.Response:
+        if self.full:
+            return web.Response(text="pending request queue full\n", status=503)
+        if request.headers["ce-type"] == events.STEP:
+            await asyncio.sleep(self.step_takes_s)
+        return await self._pass_on(self.stage_url, request, body)
+
+    async def holds_nothing(self) -> bool:
+        """By the stage's own count of its sequences."""
+        async with httpx.AsyncClient() as client:
+            return "stagecraft_stage_sequences 0.0" in (await client.get(f"{self.stage_url}/metrics")).text
+
+
+class Service(Door):
+    """A stage's service URL: the replicas in turn, without those that drain."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        super().__init__(session)
+        self.replicas: list[Replica] = []
+        self.before: Callable[[str], Any] | None = None  # called with each event's type; may answer itself
+        self._turn = itertools.count()
+
+    async def _event(self, request: web.Request, body: bytes) -> web.Response:
+        if self.before is not None and (answer := await self.before(request.headers["ce-type"])) is not None:
+            return answer  # type: ignore[no-any-return]  # Any: see `before`
+        able = [replica for replica in self.replicas if not replica.draining]
+        replica = able[next(self._turn) % len(able)]
+        return await self._pass_on(f"http://{replica.address}/", request, body)
+
+
+class Fleet:
+    """Two stages with services and replicas."""
+
+    def __init__(self, session: aiohttp.ClientSession, start_stages: Any) -> None:
+        self.services = [Service(session) for _ in HALVES]
+        self.doors: list[Door] = []
+        self._session = session
+        self._start_stages = start_stages
+
+    @property
+    def urls(self) -> list[str]:
+        return [f"http://{service.address}" for service in self.services]
+
+    async def add(self, stage: int, **environment: str) -> Replica:
+        replica = Replica(self._session)
+        await self._open(replica)
+        environment = {"STAGE_INDEX": str(stage), "STAGE_COUNT": str(len(HALVES)), **environment}
+        started = self._start_stages("llama", [HALVES[stage]], STAGE_REPLICA=replica.address, **environment)
+        replica.stage_url = started.urls[0]
+        self.services[stage].replicas.append(replica)
+        return replica
+
+    async def start(self) -> None:
+        for service in self.services:
+            await self._open(service)
+
+    async def _open(self, door: Door) -> None:
+        await door.open()
+        self.doors.append(door)
+
+
+@pytest.fixture
+async def fleet(start_stages: Any) -> AsyncIterator[Fleet]:
+    async with aiohttp.ClientSession() as session:
+        fleet = Fleet(session, start_stages)
+        await fleet.start()
+        yield fleet
+        for door in fleet.doors:
+            await door.close()
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    for _ in range(TIMEOUT_S * 100):
+        result = condition()
+        if await result if inspect.isawaitable(result) else result:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("what was waited for does not come")
+
+
+async def disturbed(chain: Chain, prompt: list[int], disturb: Callable[[], Any]) -> list[int]:
+    """A long answer during which `disturb` is called as the 5th token arrives."""
+    tokens: list[int] = []
+    async with asyncio.timeout(TIMEOUT_S):
+        async for token in chain.generate(GenerationRequest(tuple(prompt), LONG)):
+            tokens.append(token.id)
+            if len(tokens) == 5:
+                await disturb()
+    return tokens
+
+
+def used(replicas: list[Replica]) -> Replica:
+    """The one replica that the only lane so far goes to."""
+    (replica,) = (replica for replica in replicas if replica.lanes)
+    return replica
+
+
+# -- replicas that go
+
+
+async def test_a_draining_replica_is_left_with_the_same_text_and_holds_nothing_afterwards(
+    fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    replicas = [await fleet.add(stage) for stage in (0, 1, 1)][1:]
+    chain = await open_chain(fleet, ChainSettings(probe_every_s=0.01))
+    left: list[Replica] = []
+
+    async def drain() -> None:
+        left.append(used(replicas))
+        left[0].step_takes_s = 0.01  # so that the answer is not over before anybody can notice
+        left[0].draining = True
+
+    assert await disturbed(chain, prompts[0], drain) == whole_model("llama", prompts[0], LONG)
+    other = next(replica for replica in replicas if replica is not left[0])
+    assert left[0].lanes["0"] + other.lanes["0"] >= LONG
+    assert other.lanes["0"] > 0
+    for replica in replicas:
+        await until(replica.holds_nothing)
+
+
+async def test_a_vanished_replica_is_replaced_with_the_same_text(
+    fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    replicas = [await fleet.add(stage) for stage in (0, 1, 1)][1:]
+    chain = await open_chain(fleet)
+
+    async def vanish() -> None:
+        gone = used(replicas)
+        fleet.services[1].replicas.remove(gone)
+        await gone.close()
+
+    assert await disturbed(chain, prompts[2], vanish) == whole_model("llama", prompts[2], LONG)
+    assert all(replica.lanes for replica in replicas)
+
+
+async def test_a_replica_that_is_too_busy_sends_the_lane_back_to_the_service(
+    fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    replicas = [await fleet.add(stage) for stage in (0, 1, 1)][1:]
+    chain = await open_chain(fleet)
+
+    async def fill_up() -> None:
+        full = used(replicas)
+        fleet.services[1].replicas.remove(full)
+        full.full = True
+
+    assert await disturbed(chain, prompts[1], fill_up) == whole_model("llama", prompts[1], LONG)
+    assert all(replica.lanes for replica in replicas)
+
+
+# -- replicas that come
+
+
+async def test_lanes_opened_later_reach_a_replica_that_has_come_since(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    """Both lanes that the stages ask for run already, and neither is full."""
+    await fleet.add(0)
+    first = await fleet.add(1)
+    chain = await open_chain(fleet, ChainSettings(lane_age_s=0.05))
+    first.step_takes_s = 0.01
+    early = [asyncio.create_task(answer(chain, prompt, LONG)) for prompt in prompts[:2]]
+    await until(lambda: len(first.lanes) == 2)
+    await asyncio.sleep(0.1)  # older than lane_age_s
+    second = await fleet.add(1)
+    fleet.services[1].replicas.remove(first)
+    late = await answer(chain, prompts[2], NEW_TOKENS)
+    assert not any(task.done() for task in early), "they should have been running all the time"
+    assert set(second.lanes) == {"2"}
+    assert late == whole_model("llama", prompts[2], NEW_TOKENS)
+    assert await asyncio.gather(*early) == [whole_model("llama", prompt, LONG) for prompt in prompts[:2]]
+    assert set(first.lanes) == {"0", "1"}
+
+
+async def test_more_sequences_than_lanes_hold_open_more_lanes_whose_numbers_are_used_again(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    replica, _ = [await fleet.add(stage) for stage in (0, 1)]
+    chain = await open_chain(fleet, ChainSettings(lane_width=1))
+    for _ in range(2):
+        answers = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts[:5]))
+        assert answers == [whole_model("llama", prompt, NEW_TOKENS) for prompt in prompts[:5]]
+        assert set(replica.lanes) == {"0", "1", "2", "3", "4"}
+
+
+async def test_lanes_max_bounds_the_lanes(fleet: Fleet, open_chain: Any, answer: Any, prompts: Any) -> None:
+    replica, _ = [await fleet.add(stage) for stage in (0, 1)]
+    chain = await open_chain(fleet, ChainSettings(lane_width=1, lanes_max=3))
+    answers = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts))
+    assert {len(tokens) for tokens in answers} == {NEW_TOKENS}
+    assert set(replica.lanes) == {"0", "1", "2"}
+
+
+async def test_replicas_with_less_memory_than_thought_fail_nobody(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    """The chain wakes the larger one and takes the other to be alike."""
+    bytes_per_token = 256  # 2 blocks, keys and values, 2 heads of 8 floats
+    for stage in (0, 1):
+        await fleet.add(stage, STAGE_KV_BYTES_MAX=str(400 * bytes_per_token))
+    chain = await open_chain(fleet, ChainSettings(lane_width=2, backoff_s=0.01))
+    small = await fleet.add(1, STAGE_KV_BYTES_MAX=str(80 * bytes_per_token))
+    async with asyncio.timeout(TIMEOUT_S):
+        answers = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts[:7]))
+    assert answers == [whole_model("llama", prompt, NEW_TOKENS) for prompt in prompts[:7]]
+    assert small.lanes
+
+
+# -- from zero
+
+
+async def test_after_idleness_all_stages_are_woken_at_once(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    """No service answers anything before each has been sent a wake, so one after another would never end."""
+    for stage in (0, 1):
+        await fleet.add(stage)
+    chain = await open_chain(fleet, ChainSettings(idle_before_wake_s=0.0))
+    woken = [asyncio.Event() for _ in fleet.services]
+
+    def holding(stage: int) -> Callable[[str], Any]:
+        async def hold(kind: str) -> None:
+            if kind == events.WAKE:
+                woken[stage].set()
+            for event in woken:
+                await event.wait()
+
+        return hold
+
+    for stage, service in enumerate(fleet.services):
+        service.before = holding(stage)
+    async with asyncio.timeout(TIMEOUT_S):
+        answers = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts[:3]))
+    assert answers == [whole_model("llama", prompt, NEW_TOKENS) for prompt in prompts[:3]]
+    assert [service.kinds[events.WAKE] for service in fleet.services] == [2, 2], "one at the start, one after idleness"
+
+
+async def test_a_wake_that_fails_fails_no_request(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    for stage in (0, 1):
+        await fleet.add(stage)
+    chain = await open_chain(fleet, ChainSettings(idle_before_wake_s=0.0))
+
+    async def refuse_wakes(kind: str) -> web.Response | None:
+        return web.Response(text="no such revision", status=500) if kind == events.WAKE else None
+
+    fleet.services[1].before = refuse_wakes
+    assert await answer(chain, prompts[0], NEW_TOKENS) == whole_model("llama", prompts[0], NEW_TOKENS)
+    assert fleet.services[1].kinds[events.WAKE] == 2
+
+
+async def test_stages_without_requests_are_left_alone(fleet: Fleet, open_chain: Any, answer: Any, prompts: Any) -> None:
+    """Nothing that the chain does by itself may keep a stage from zero or wake it."""
+    for stage in (0, 1):
+        await fleet.add(stage)
+    chain = await open_chain(fleet, ChainSettings(probe_every_s=0.01))
+    await answer(chain, prompts[0], NEW_TOKENS)
+    await until(lambda: all(service.replicas[0].kinds[events.RELEASE] for service in fleet.services))
+    before = [dict(door.kinds) for door in fleet.doors]
+    await asyncio.sleep(0.2)
+    assert [dict(door.kinds) for door in fleet.doors] == before
+    assert not any(service.kinds[events.RELEASE] for service in fleet.services)
+
+
+# -- names
+
+
+async def test_services_are_asked_by_the_proxy_and_replicas_are_not(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cluster-local names have no DNS on a single machine; the ingress there is the proxy that knows them."""
+    for stage in (0, 1):
+        await fleet.add(stage)
+    names = [f"http://demo-stage-{stage}.default.svc.cluster.local" for stage in (0, 1)]
+    ingress = Ingress(dict(zip([name.removeprefix("http://") for name in names], fleet.urls, strict=True)))
+    await ingress.open()
+    monkeypatch.setenv("http_proxy", ingress.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    chain = await open_chain(SimpleNamespace(urls=names))
+    assert await answer(chain, prompts[0], NEW_TOKENS) == whole_model("llama", prompts[0], NEW_TOKENS)
+    # a wake and the lane's first step
+    assert sorted(ingress.targets) == sorted([f"{name}/" for name in names] * 2)
+    assert all(service.replicas[0].kinds[events.STEP] == NEW_TOKENS for service in fleet.services)
+    assert {target for service in fleet.services for target in service.replicas[0].targets} == {"/"}
+    await chain.close()
+    await ingress.close()
+
+
+class Ingress:
+    """A forward proxy: takes requests in absolute form and passes them on by host. `targets` are the request lines'."""
+
+    def __init__(self, backends: dict[str, str]) -> None:
+        self.targets: list[str] = []
+        self._backends = backends
+        self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        assert self._server is not None
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+
+    async def close(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with aiohttp.ClientSession() as session:
+                while line := await reader.readline():
+                    await self._exchange(line.decode().split()[1], reader, writer, session)
+        finally:
+            writer.close()
+
+    async def _exchange(
+        self, target: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, session: aiohttp.ClientSession
+    ) -> None:
+        self.targets.append(target)
+        headers = {}
+        while (line := (await reader.readline()).decode().strip()) != "":
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
+        body = await reader.readexactly(int(headers["content-length"]))
+        url = self._backends[headers["host"]]
+        async with session.post(url, data=body, headers=_ours(headers)) as reply:
+            content = await reply.read()
+            lines = [f"HTTP/1.1 {reply.status} -", f"content-length: {len(content)}"]
+            lines += [f"{name}: {value}" for name, value in _ours(reply.headers).items()]
+        writer.write("\r\n".join([*lines, "", ""]).encode() + content)
+        await writer.drain()
