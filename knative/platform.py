@@ -10,6 +10,7 @@ Replicas are children of this process and end with it, whatever ends it (`knativ
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,8 +157,10 @@ class Platform:
     async def _turn(self) -> None:
         """Ticks all revisions on each whole second."""
         while True:
-            now_s = self._clock()
-            await asyncio.sleep(1.0 - now_s % 1.0)
+            next_s = math.floor(self._clock()) + 1
+            # timers may fire early, and two samples in one second would add up
+            while (left_s := next_s - self._clock()) > 0:
+                await asyncio.sleep(left_s)
             for revision in list(self._revisions()):
                 try:
                     revision.tick()

@@ -24,7 +24,7 @@ from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
 
 NEW_TOKENS = 20
-LONG = 80
+LONG = 48
 HALVES = ["0:2", "2:4"]
 TIMEOUT_S = 60  # only reached by what would hang for ever
 
@@ -87,6 +87,7 @@ class Replica(Door):
     draining = False
     full = False
     step_takes_s = 0.0
+    stopped: asyncio.Event | None = None  # steps wait for it
 
     def _probe(self, request: web.Request) -> web.Response:
         assert request.headers["K-Network-Probe"] == "queue"
@@ -98,6 +99,8 @@ class Replica(Door):
             return web.Response(text="pending request queue full\n", status=503)
         if request.headers["ce-type"] == events.STEP:
             await asyncio.sleep(self.step_takes_s)
+            if self.stopped is not None:
+                await self.stopped.wait()
         return await self._pass_on(self.stage_url, request, body)
 
     async def holds_nothing(self) -> bool:
@@ -202,7 +205,7 @@ async def test_a_draining_replica_is_left_with_the_same_text_and_holds_nothing_a
 
     async def drain() -> None:
         left.append(used(replicas))
-        left[0].step_takes_s = 0.01  # so that the answer is not over before anybody can notice
+        left[0].step_takes_s = 0.02  # so that the answer is not over before anybody can notice
         left[0].draining = True
 
     assert await disturbed(chain, prompts[0], drain) == whole_model("llama", prompts[0], LONG)
@@ -253,14 +256,14 @@ async def test_lanes_opened_later_reach_a_replica_that_has_come_since(
     await fleet.add(0)
     first = await fleet.add(1)
     chain = await open_chain(fleet, ChainSettings(lane_age_s=0.05))
-    first.step_takes_s = 0.01
+    first.stopped = asyncio.Event()
     early = [asyncio.create_task(answer(chain, prompt, LONG)) for prompt in prompts[:2]]
     await until(lambda: len(first.lanes) == 2)
     await asyncio.sleep(0.1)  # older than lane_age_s
     second = await fleet.add(1)
     fleet.services[1].replicas.remove(first)
     late = await answer(chain, prompts[2], NEW_TOKENS)
-    assert not any(task.done() for task in early), "they should have been running all the time"
+    first.stopped.set()
     assert set(second.lanes) == {"2"}
     assert late == whole_model("llama", prompts[2], NEW_TOKENS)
     assert await asyncio.gather(*early) == [whole_model("llama", prompt, LONG) for prompt in prompts[:2]]
@@ -328,6 +331,23 @@ async def test_after_idleness_all_stages_are_woken_at_once(
         answers = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts[:3]))
     assert answers == [whole_model("llama", prompt, NEW_TOKENS) for prompt in prompts[:3]]
     assert [service.kinds[events.WAKE] for service in fleet.services] == [2, 2], "one at the start, one after idleness"
+
+
+async def test_a_service_may_hold_a_step_for_as_long_as_a_stage_takes_to_wake(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    """Longer than a replica may take for a step, and the step is not sent twice."""
+    for stage in (0, 1):
+        await fleet.add(stage)
+    chain = await open_chain(fleet, ChainSettings(step_timeout_s=1.0))
+
+    async def hold_steps(kind: str) -> None:
+        if kind == events.STEP:
+            await asyncio.sleep(1.5)
+
+    fleet.services[1].before = hold_steps
+    assert await answer(chain, prompts[0], NEW_TOKENS) == whole_model("llama", prompts[0], NEW_TOKENS)
+    assert fleet.services[1].kinds[events.STEP] == 1
 
 
 async def test_a_wake_that_fails_fails_no_request(
