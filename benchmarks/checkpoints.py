@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import CORES, Bench, MeasureError, child_environment
+from benchmarks.bench import CORES, DEMO, Bench, MeasureError, child_environment
 
 LLAMA_82M: dict[str, Any] = {
     "hidden_size": 768,
@@ -20,6 +21,17 @@ LLAMA_82M: dict[str, Any] = {
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+# 516 MB in float32; the vocabulary is that of the demonstration model, whose tokenizer goes with it
+LLAMA_129M: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 2048,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
@@ -62,6 +74,14 @@ async def make(bench: Bench, name: str, config: dict[str, Any]) -> Path:
         )  # fmt: skip
         if await process.wait() != 0:
             raise MeasureError(f"the checkpoint {name} could not be made; the reason is above")
+    return folder
+
+
+async def speaking(bench: Bench, name: str, config: dict[str, Any]) -> Path:
+    """A random checkpoint that takes and gives text, by the demonstration model's tokenizer."""
+    folder = await make(bench, name, config)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, folder)
     return folder
 
 

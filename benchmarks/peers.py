@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +78,14 @@ class Program:
 
 
 @asynccontextmanager
-async def program(arguments: Sequence[str], threads: int) -> AsyncIterator[Program]:
-    """`python -m ARGUMENTS`; it ends with the context, or with this process."""
+async def program(
+    arguments: Sequence[str], threads: int, env: Mapping[str, str] | None = None
+) -> AsyncIterator[Program]:
+    """`python -m ARGUMENTS` with `env` added to its environment; it ends with the context, or with this process."""
     argv = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), sys.executable, "-m", *arguments]
     process = await asyncio.create_subprocess_exec(
         *argv,
-        env=child_environment(threads),
+        env={**child_environment(threads), **(env or {})},
         cwd=ROOT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

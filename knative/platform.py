@@ -10,7 +10,6 @@ Replicas are children of this process and end with it, whatever ends it (`knativ
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ log = structlog.get_logger()
 
 _GRACE_S = 5.0  # for running answers, when the platform ends
 _LOOK_EVERY_S = 0.05
+_LATE_S = 0.002
 WAKES = "stagecraft.dev/wakes"  # annotation: services that a request to this one, at zero, wakes along
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
@@ -157,10 +157,8 @@ class Platform:
     async def _turn(self) -> None:
         """Ticks all revisions on each whole second."""
         while True:
-            next_s = math.floor(self._clock()) + 1
-            # timers may fire early, and two samples in one second would add up
-            while (left_s := next_s - self._clock()) > 0:
-                await asyncio.sleep(left_s)
+            # timers may fire a little early, and two samples in one second would add up
+            await asyncio.sleep(1.0 - self._clock() % 1.0 + _LATE_S)
             for revision in list(self._revisions()):
                 try:
                     revision.tick()

@@ -69,5 +69,5 @@ async def test_chunked_prefill_changes_nothing(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
 ) -> None:
     expected = [whole_model("gemma2", prompt, NEW_TOKENS) for prompt in prompts]
-    chain = await open_chain(start_stages("gemma2", ["0:1", "1:4"]), ChainSettings(step_tokens_max=7, lanes=1))
+    chain = await open_chain(start_stages("gemma2", ["0:1", "1:4"]), ChainSettings(step_tokens_max=7, lanes_max=1))
     assert await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts)) == expected
