@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from benchmarks.bench import ROOT, MeasureError, child_environment
 
 GRACE_S = 10.0  # `stagecraft up` stops its own processes meanwhile
 LINE_BYTES_MAX = 16 << 20
+LOG_CHARS_SHOWN = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,10 @@ async def echo_peer() -> AsyncIterator[str]:
 class Program:
     """A Python module that runs as a process and speaks JSON lines on its standard input and output."""
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path | None = None) -> None:
         self._name = name
         self._process = process
+        self._log = log
 
     async def write_line(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None  # a pipe, see `program`
@@ -72,28 +74,33 @@ class Program:
         line = await self._process.stdout.readline()
         if not line:
             code = await self._process.wait()
-            raise MeasureError(f"`python -m {self._name}` ended with exit code {code}; what it printed is above")
+            printed = "what it printed is above" if self._log is None else self._log.read_text()[-LOG_CHARS_SHOWN:]
+            raise MeasureError(f"`python -m {self._name}` ended with exit code {code}; {printed}")
         message: dict[str, Any] = json.loads(line)
         return message
 
 
 @asynccontextmanager
 async def program(
-    arguments: Sequence[str], threads: int, env: Mapping[str, str] | None = None
+    arguments: Sequence[str], threads: int, env: Mapping[str, str] | None = None, log: Path | None = None
 ) -> AsyncIterator[Program]:
-    """`python -m ARGUMENTS` with `env` added to its environment; it ends with the context, or with this process."""
+    """`python -m ARGUMENTS` with `env` added to its environment; it ends with the context, or with this process.
+
+    What it prints on standard error goes to `log`, or where ours goes."""
     argv = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), sys.executable, "-m", *arguments]
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        env={**child_environment(threads), **(env or {})},
-        cwd=ROOT,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        limit=LINE_BYTES_MAX,
-        start_new_session=True,  # Ctrl-C is for us to handle
-    )
+    with nullcontext() if log is None else log.open("ab") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            env={**child_environment(threads), **(env or {})},
+            cwd=ROOT,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=stderr,
+            limit=LINE_BYTES_MAX,
+            start_new_session=True,  # Ctrl-C is for us to handle
+        )
     try:
-        yield Program(arguments[0], process)
+        yield Program(arguments[0], process, log)
     finally:
         await _end(process)
 

@@ -86,7 +86,7 @@ async def running_platform(
     # replicas end as soon as they have answered: between two rounds nobody should wait for late requests
     arguments = ["orchestrator.cli", "local", "start", "--name", name, "--port", "0", "--drain-quiet", "0s", "--json"]
     arguments += ["--images", str(table), "--log-dir", str(bench.log_dir / name), *([] if fork else ["--no-fork"])]
-    async with program(arguments, CORES, _runtime(bench)) as running:
+    async with program(arguments, CORES, _runtime(bench), bench.log_dir / f"{name}.log") as running:
         facts = await running.read_line()
         with Client(Path(facts["control"])) as client:
             platform = RunningPlatform(facts["url"], client)

@@ -7,8 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,12 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Figures that belong into one table. `remarks` say how to read it."""
+    """Figures that belong into one table. `remarks` say how to read it. `series` are points (x, y) for a plot."""
 
     title: str
     figures: Sequence[Figure]
     remarks: Sequence[str] = ()
+    series: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
 
 def alone(name: str, unit: str, values: Sequence[float], note: str = "") -> Figure:
@@ -97,6 +98,13 @@ def write(path: Path, sections: Sequence[Section], *, quick: bool, load_before: 
         "load_before": round(load_before, 2),
         "quick": quick,
         "figures": [f.to_json() for s in sections for f in s.figures],
+        "series": {
+            section.title: {
+                name: [[_rounded(x), _rounded(y)] for x, y in points] for name, points in section.series.items()
+            }
+            for section in sections
+            if section.series
+        },
     }
     path.write_text(json.dumps(data, indent=1) + "\n")
 

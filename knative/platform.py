@@ -90,7 +90,6 @@ class Platform:
         self._images = Images(settings.images)
         self._kubelet = Kubelet(settings.folder, fork=settings.fork, gpus=settings.gpus, on_change=self._pod_changed)
         self._clock = _unix_clock()
-        self._ingress = Ingress()
         self._tunnel = Tunnel(self._connect_default)
         self._metrics_page = Listener(self._metrics_text)
         self._turning: asyncio.Task[None] | None = None
@@ -99,6 +98,7 @@ class Platform:
 
     async def __aenter__(self) -> Self:
         self._session = relay_session()
+        self._ingress = Ingress(session=self._session)
         try:
             await self._listen()
             await self._kubelet.start()

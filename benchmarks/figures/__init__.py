@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from benchmarks.bench import Bench
-from benchmarks.figures import hop, latency, memory, startup, throughput
+from benchmarks.figures import hop, latency, memory, path, slow, startup, throughput, wake
 from benchmarks.report import Section
 
 Measure = Callable[[Bench], Awaitable[list[Section]]]
@@ -14,6 +14,9 @@ FIGURES: dict[str, Measure] = {
     "hop": hop.measure,
     "latency": latency.measure,
     "throughput": throughput.measure,
+    "path": path.measure,
+    "wake": wake.measure,
     "startup": startup.measure,
+    "slow": slow.measure,
     "memory": memory.measure,
 }

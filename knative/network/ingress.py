@@ -3,6 +3,7 @@
     Host: NAME.NAMESPACE[.localhost | .svc | .svc.cluster.local]     also TAG-NAME.NAMESPACE...
     GET http://NAME.NAMESPACE.svc.cluster.local/path HTTP/1.1        the same, from a client with this as its proxy
     /NAMESPACE/NAME/path                                             without names; the prefix is taken off
+    GET http://other.host/path HTTP/1.1                              passed on, for processes of this machine only
     anything else                                                    the default service, if there is one
 
 After pkg/reconciler/route/resources/ingress.go.
@@ -16,10 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import aiohttp
 from aiohttp import hdrs, web
 from multidict import istr
 
-from knative.network.forward import TARGET
+from knative.network.forward import TARGET, forward, request_headers
 from knative.network.listener import Listener
 
 _TAG = istr("Knative-Serving-Tag")
@@ -53,10 +55,12 @@ class _Routes:
 
 
 class Ingress:
-    """Serves what `set_routes` says, from one request to the next."""
+    """Serves what `set_routes` says, from one request to the next. With a `session` it is a proxy for its replicas'
+    other plain-HTTP requests too: they have it as http_proxy, and their weights may lie on any server."""
 
-    def __init__(self, rng: random.Random | None = None) -> None:
+    def __init__(self, rng: random.Random | None = None, session: aiohttp.ClientSession | None = None) -> None:
         self._rng = rng or random.Random()
+        self._session = session
         self._routes = _Routes()
         self._listener = Listener(self._handle)
 
@@ -80,6 +84,9 @@ class Ingress:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         route = self._route(request)
         if route is None:
+            outside = self._outside(request)
+            if outside and self._session is not None:
+                return await forward(request, request_headers(request), authority=outside, session=self._session)
             return web.Response(status=404, text=self._unknown(request))
         revision = route.choose(self._rng)
         if revision is None:
@@ -101,6 +108,14 @@ class Ingress:
         if route is not None or _is_service_name(name) or (absolute and not self._is_own(host)):
             return route  # a service that does not exist is not the default service
         return self._by_path(target, request) or self._routes.default
+
+    def _outside(self, request: web.BaseRequest) -> str:
+        """HOST:PORT of a request from this machine to some server that is no service; "" for all others."""
+        target = request.raw_path
+        if not target.lower().startswith("http://") or not _is_loopback(request.remote):
+            return ""
+        host, _ = _split(target)
+        return "" if self._is_own(host) or _is_service_name(_name(host)) else host
 
     def _is_own(self, host: str) -> bool:
         """Whether the authority of an absolute target is this listener, by whatever address of this machine."""
@@ -134,6 +149,10 @@ class Ingress:
             f"no service for {asked}; expected a Host header NAME.NAMESPACE.localhost or a path /NAMESPACE/NAME/..., "
             f"with NAME.NAMESPACE one of: {', '.join(hosts)}\n"
         )
+
+
+def _is_loopback(remote: str | None) -> bool:
+    return remote is not None and ipaddress.ip_address(remote).is_loopback
 
 
 def _shown(request: web.BaseRequest) -> str:
