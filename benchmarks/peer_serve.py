@@ -10,22 +10,34 @@ import json
 import os
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from queue import Queue
 from threading import Thread
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 
-class EveryToken(TextIteratorStreamer):  # type: ignore[misc]  # Transformers has no types
-    """Transformers' own streamer holds text back until a word ends; for the time to a first token that is too late."""
+class EveryToken(BaseStreamer):  # type: ignore[misc]  # Transformers has no types
+    """Text after each token. Transformers' own streamer holds it back until a word ends, too late for a first token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._texts: Queue[str | None] = Queue()
+        self._prompt_is_next = True
 
     def put(self, value: torch.Tensor) -> None:
-        if self.next_tokens_are_prompt:
-            self.next_tokens_are_prompt = False
-        else:
-            self.on_finalized_text(self.tokenizer.decode(value.tolist()))
+        if not self._prompt_is_next:
+            self._texts.put(self._tokenizer.decode(value.tolist()))
+        self._prompt_is_next = False
+
+    def end(self) -> None:
+        self._texts.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts.get, None)
 
 
 class Completions(BaseHTTPRequestHandler):

@@ -79,14 +79,14 @@ class RunningPlatform:
 async def running_platform(
     bench: Bench, images: Mapping[str, Mapping[str, Any]], *, fork: bool = True
 ) -> AsyncIterator[RunningPlatform]:
-    """A platform without services, with `images` besides the built-in ones; it and its replicas end with the context."""
+    """An empty platform, with `images` besides the built-in ones. It and its replicas end with the context."""
     name = f"bench-{os.getpid()}-{next(_numbers)}"
     table = bench.folder / f"{name}.yaml"
     table.write_text(json.dumps(images))  # which is YAML too
     # replicas end as soon as they have answered: between two rounds nobody should wait for late requests
     arguments = ["orchestrator.cli", "local", "start", "--name", name, "--port", "0", "--drain-quiet", "0s", "--json"]
     arguments += ["--images", str(table), "--log-dir", str(bench.log_dir / name), *([] if fork else ["--no-fork"])]
-    async with program(arguments, CORES, _runtime(bench), bench.log_dir / f"{name}.log") as running:
+    async with program(arguments, CORES, own_registry(bench), bench.log_dir / f"{name}.log") as running:
         facts = await running.read_line()
         with Client(Path(facts["control"])) as client:
             platform = RunningPlatform(facts["url"], client)
@@ -118,7 +118,7 @@ def service(name: str, image: str, annotations: Mapping[str, str], env: Mapping[
     }
 
 
-def _runtime(bench: Bench) -> dict[str, str]:
+def own_registry(bench: Bench) -> dict[str, str]:
     """A folder of our own for control sockets, so that nobody's `stagecraft status` sees these platforms."""
     folder = bench.folder / "run"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -26,7 +26,7 @@ def pad_steps(step_s: float) -> None:
         time.sleep(max(0.0, ends_s - time.monotonic()))
         return answer
 
-    Stage.step = padded  # type: ignore[method-assign]  # the product has no knob for this, and needs none
+    Stage.step = padded  # type: ignore[method-assign, assignment]  # the product has no knob for it
 
 
 if __name__ == "__main__":

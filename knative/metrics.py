@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from knative.revision import Revision, RevisionName
+    from knative.node import RevisionName
+    from knative.revision import Revision
 
 _LABELS = ("k8s_namespace_name", "kn_service_name", "kn_configuration_name", "kn_revision_name")
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -53,12 +54,10 @@ class Metrics:
     def observer(self, revision: RevisionName) -> Callable[[int, float], None]:
         """What a queue-proxy calls for each request: status code and seconds."""
         labels = _labels(revision)
-        by_code: dict[int, Histogram] = {}
 
         def observe(code: int, latency_s: float) -> None:
-            if code not in by_code:
-                by_code[code] = self._duration.labels(*labels, str(code))
-            by_code[code].observe(latency_s)
+            # looked up each time: a service that was deleted and applied again has new series of the same name
+            self._duration.labels(*labels, str(code)).observe(latency_s)
 
         return observe
 

@@ -10,6 +10,7 @@ Replicas are children of this process and end with it, whatever ends it (`knativ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,11 +34,12 @@ from knative.network.forward import relay_session
 from knative.network.ingress import Ingress, Route
 from knative.network.listener import Listener
 from knative.network.tunnel import Target, Tunnel
+from knative.node import Node
 from knative.resources.config_maps import DefaultsConfig, FeaturesConfig
-from knative.resources.documents import Document, parse
+from knative.resources.documents import SYSTEM_NAMESPACE, Document, parse
 from knative.resources.objects import ConfigMap, Resource, Service
-from knative.resources.service import Settings, check_update
-from knative.revision import LogFile, Node, Revision
+from knative.resources.service import Settings
+from knative.revision import LogFile, Revision
 from knative.service import ServiceController
 
 log = structlog.get_logger()
@@ -84,6 +86,7 @@ class Platform:
         self.settings = settings
         self.started = datetime.now(UTC)
         self._services: dict[tuple[str, str], ServiceController] = {}
+        self._leaving: set[ServiceController] = set()
         self._config_maps: dict[tuple[str, str], ConfigMap] = {}
         self._settings_in_force = Settings()
         self._metrics = Metrics(self._revisions)
@@ -134,8 +137,12 @@ class Platform:
     async def _close(self) -> None:
         try:
             await self._running_answers()
-        finally:  # when cancelled once more, without grace
-            await self._end_all()
+        finally:  # when cancelled once more, without grace, but whole
+            ending = asyncio.create_task(self._end_all())
+            while not ending.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(ending)
+            ending.result()
 
     async def _running_answers(self) -> None:
         """Lets answers end that are on their way, for a while."""
@@ -149,7 +156,7 @@ class Platform:
             self._turning.cancel()
             await asyncio.gather(self._turning, return_exceptions=True)
         await asyncio.gather(self._ingress.close(), self._tunnel.close(), self._metrics_page.close())
-        await asyncio.gather(*(controller.close() for controller in self._services.values()))
+        await asyncio.gather(*(controller.close() for controller in (*self._services.values(), *self._leaving)))
         self._services.clear()
         await self._kubelet.close(now=True)
         await self._session.close()
@@ -187,7 +194,7 @@ class Platform:
         parsed = parse(documents, autoscaler=known.autoscaler, defaults=known.defaults, features=known.features)
         for resource in parsed.resources:
             if isinstance(resource, Service) and (resource.namespace, resource.name) in self._services:
-                check_update(self._services[resource.namespace, resource.name].service, resource)
+                self._services[resource.namespace, resource.name].check(resource)
         applied = []
         for resource in parsed.resources:  # config maps come first, so that services start by them
             action = self._action(resource)
@@ -205,8 +212,10 @@ class Platform:
         key = (namespace, name)
         if kind == "service" and key in self._services:
             controller = self._services.pop(key)
+            self._leaving.add(controller)
             self._route()
             await controller.close(gently=True)
+            self._leaving.discard(controller)
         elif kind == "configmap" and key in self._config_maps:
             del self._config_maps[key]
             self._reconfigure()
@@ -244,7 +253,11 @@ class Platform:
         self._route()
 
     def _reconfigure(self) -> None:
-        data = {name: config_map.data for (_, name), config_map in self._config_maps.items()}
+        data = {
+            name: config_map.data
+            for (namespace, name), config_map in self._config_maps.items()
+            if namespace == SYSTEM_NAMESPACE
+        }
         self._settings_in_force = Settings(
             AutoscalerConfig.from_data(data.get("config-autoscaler", {})),
             DefaultsConfig.from_data(data.get("config-defaults", {})),
@@ -269,7 +282,10 @@ class Platform:
         controller = self._services.get((namespace, name))
         if controller is None:
             raise Unavailable(f"the default service {self.settings.default_service} has not been applied")
-        return controller.targets()[0][1].connect()
+        targets = [revision for target, revision in controller.targets() if target.percent]
+        if not targets:
+            raise Unavailable(f"the service {self.settings.default_service} has no revision in its traffic yet")
+        return targets[0].connect()
 
     async def _metrics_text(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != "/metrics":

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import secrets
-import string
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,39 +25,20 @@ from knative.autoscaler.config import AutoscalerConfig, ScalerSpec, scaler_spec
 from knative.autoscaler.kpa import Autoscaler, Decision
 from knative.autoscaler.scale import PodScaler, Scaled
 from knative.errors import KnativeError, Unavailable
-from knative.images import Command, Images, expand, expand_env
-from knative.kubelet.kubelet import Kubelet
-from knative.kubelet.pod import Pod, PodSpec
+from knative.images import Command
+from knative.kubelet.pod import Pod
 from knative.network.activator import Activator
-from knative.network.queue_proxy import QueueProxy
-from knative.network.timeouts import Timeouts
-from knative.replica import Replica
+from knative.node import Node, RevisionName
+from knative.replica import Replica, start_replica, timeouts_of
 from knative.resources.objects import RevisionTemplate
 
 if TYPE_CHECKING:
-    import aiohttp
     from aiohttp import web
-
-    from knative.metrics import Metrics
 
 log = structlog.get_logger()
 
+_RETRY_S = 5.0  # after a replica could not even be started
 _TICK_S = 2  # the autoscaler decides every 2 s (pkg/autoscaler/scaling/multiscaler.go)
-_NAME_LETTERS = string.ascii_lowercase + string.digits
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """What all revisions of a platform share."""
-
-    kubelet: Kubelet
-    session: aiohttp.ClientSession
-    images: Images
-    metrics: Metrics
-    clock: Callable[[], float]  # Unix seconds that never go back
-    drain_quiet_s: float
-    ingress: str = ""  # HOST:PORT, given to replicas as their HTTP proxy: cluster-local names need no DNS
-    grpc_service: str = ""  # NAMESPACE/NAME of the service whose replicas get a second port
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +48,6 @@ class LogFile:
     pod: str
     restart: int
     path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class RevisionName:
-    namespace: str
-    service: str
-    name: str
-    generation: int
 
 
 class Revision:
@@ -106,6 +77,7 @@ class Revision:
         self._command: Command | None = None
         self._closed = False
         self._starting = 0
+        self._retry_at_s = 0.0
         self._some_ready = asyncio.Event()
         self._at_activator = 0.0  # mean concurrency in the last second
         self._tasks: set[asyncio.Task[None]] = set()
@@ -119,7 +91,7 @@ class Revision:
         self.activator = Activator(
             revision=name.name,
             container_concurrency=template.container_concurrency,
-            timeouts=self._timeouts(),
+            timeouts=timeouts_of(template),
             on_stat=self._on_activator_stat,
             clock=node.clock,
         )
@@ -140,6 +112,15 @@ class Revision:
         return [replica for replica in self.replicas if replica.ready]
 
     @property
+    def _living(self) -> list[Replica]:
+        return [replica for replica in self.replicas if not replica.draining]
+
+    @property
+    def idle(self) -> bool:
+        """Nothing of it runs, or is about to."""
+        return not self.replicas and not self._starting
+
+    @property
     def proxied(self) -> bool:
         """The activator is in the request path."""
         return self.scaled is None or self.scaled.mode == "proxy"
@@ -153,10 +134,6 @@ class Revision:
         self._autoscaler.update(self._spec)
         self._scaler.update(self._spec)
         self._reconcile()
-
-    @property
-    def _grpc(self) -> bool:
-        return f"{self.id.namespace}/{self.id.service}" == self._node.grpc_service
 
     @property
     def usable(self) -> bool:
@@ -189,17 +166,25 @@ class Revision:
         """A ready replica for a connection that is no HTTP/1.1, woken if need be. Raises Unavailable."""
         started_s = self._node.clock()
         while not self.ready_replicas:
+            if self._closed or self.failing:
+                raise Unavailable(self.failure or f"{self.id.service} has been deleted")
             if self._node.clock() - started_s > self.template.response_start_timeout_s:
                 raise Unavailable(f"no replica of {self.id.name} became ready in time")
             self.wake()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._some_ready.wait(), 1.0)
-        yield min(self.ready_replicas, key=lambda one: one.proxy.in_flight)
+        fewest = min(replica.proxy.in_flight for replica in self.ready_replicas)
+        yield random.choice([one for one in self.ready_replicas if one.proxy.in_flight == fewest])
 
     def wake(self) -> None:
         """As if a request had come to the activator, for those who know that one will."""
-        if not self.replicas and not self._starting:
+        if self._asleep:
             self.activator.poke()
+
+    @property
+    def _asleep(self) -> bool:
+        """Nothing runs, or is about to, that could take a request."""
+        return not self._starting and not self._living
 
     def tick(self) -> None:
         """Once a second, on the whole second. In a cluster this is the scraping of the pods (collector.go)."""
@@ -214,8 +199,9 @@ class Revision:
         return self.activator.waiting + sum(replica.proxy.in_flight for replica in self.replicas)
 
     async def close(self, *, gently: bool = False) -> None:
-        """Ends all replicas, now or once they have answered what they have."""
+        """Ends all replicas, now or once they have answered what they have. What no replica has is refused."""
         self._closed = True
+        self.activator.refuse(f"{self.id.service} is being deleted")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -247,7 +233,8 @@ class Revision:
         now_s = self._node.clock()
         self._autoscaler.record(now_s, concurrency, concurrency)
         if self.decision is None or not self.decision.desired:
-            self._node.metrics.count_cold_start(self.id)
+            if self._asleep:  # min-scale keeps replicas whatever is decided
+                self._node.metrics.count_cold_start(self.id)
             self._wakes()
             self._decide(now_s)
 
@@ -265,13 +252,11 @@ class Revision:
             return
         now_s = self._node.clock()
         ready = len(self.ready_replicas)
-        living = [replica for replica in self.replicas if not replica.draining]
-        self.scaled = self._scaler.reconcile(
-            self.decision, ready_pods=ready, pods=len(living) + self._starting, probed=True, now_s=now_s
-        )
+        have = len(self._living) + self._starting
+        self.scaled = self._scaler.reconcile(self.decision, ready_pods=ready, pods=have, probed=True, now_s=now_s)
         if self.scaled.want is not None:
             self.wanted = self.scaled.want
-            self._scale_to(self.scaled.want, len(living) + self._starting)
+            self._scale_to(self.scaled.want, have)
         backends = [replica.proxy for replica in self.ready_replicas]
         self.activator.set_backends(backends)
         if backends:
@@ -305,28 +290,30 @@ class Revision:
 
     def _scale_to(self, want: int, have: int) -> None:
         if want > have:
+            if self._node.clock() < self._retry_at_s:
+                return
             log.info("scale_up", revision=self.id.name, replicas=want, had=have, reason=self._reason())
             for _ in range(want - have):
                 self._start_replica()
         elif want < have:
             log.info("scale_down", revision=self.id.name, replicas=want, had=have, reason=self._reason())
-            self._stop_replicas(have - want)
+            # those about to exist cannot be stopped yet: the next look does that
+            self._stop_replicas(max(0, have - self._starting - want))
 
     def _reason(self) -> str:
         return self.scaled.reason if self.scaled is not None else ""
 
     def _stop_replicas(self, count: int) -> None:
         """Those that are not ready go first, then the youngest (as the ReplicaSet controller ranks them)."""
-        living = [replica for replica in self.replicas if not replica.draining]
-        for replica in sorted(living, key=lambda one: (one.ready, -one.created_s))[:count]:
+        for replica in sorted(self._living, key=lambda one: (one.ready, -one.created_s))[:count]:
             log.info("replica_stopping", revision=self.id.name, replica=replica.name)
             replica.stop(quiet_s=self._node.drain_quiet_s, grace_s=self.template.timeout_s, gone=self._replica_gone)
 
     def _replica_gone(self, replica: Replica) -> None:
         if replica in self.replicas:
             self.replicas.remove(replica)
-        if replica.grpc_port:
-            self._node.kubelet.give_back(replica.grpc_port)
+        if replica.port:
+            self._node.kubelet.give_back(replica.port)
         log.info("replica_gone", revision=self.id.name, replica=replica.name)
         self._reconcile()
         self._changed(self)
@@ -335,6 +322,7 @@ class Revision:
         if self._command is None:
             return  # `failure` says why
         self._starting += 1
+        self.activator.refuse("")  # of what crashed before
         self._spawn(self._run_replica(self._command))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -343,26 +331,11 @@ class Revision:
         task.add_done_callback(self._tasks.discard)
 
     async def _run_replica(self, command: Command) -> None:
-        name = f"{self.id.name}-{''.join(secrets.choice(_NAME_LETTERS) for _ in range(5))}"
         try:
-            port = self._node.kubelet.port()
-            proxy = QueueProxy(
-                revision=self.id.name,
-                pod=name,
-                target_port=port,
-                container_concurrency=self.template.container_concurrency,
-                timeouts=self._timeouts(),
-                session=self._node.session,
-                ready=lambda: pod.phase == "ready",
-                clock=self._node.clock,
-                observe=self._node.metrics.observer(self.id),
-            )
-            await proxy.start()
-            grpc_port = self._node.kubelet.port() if self._grpc else 0
-            pod = self._node.kubelet.run(self._pod_spec(name, command, proxy.address, port, grpc_port), port)
-            self.replicas.append(Replica(pod, proxy, self._node.clock(), grpc_port))
-        except (OSError, KnativeError) as error:
+            self.replicas.append(await start_replica(self._node, self.id, self.template, command))
+        except (OSError, ValueError, KnativeError) as error:
             self.failure = f"cannot start a replica: {error}"
+            self._retry_at_s = self._node.clock() + _RETRY_S
             log.error("replica_failed", revision=self.id.name, error=str(error))
         finally:
             self._starting -= 1
@@ -370,16 +343,28 @@ class Revision:
 
     def pod_changed(self, pod: Pod) -> None:
         """The kubelet says that a replica's process has started, become ready, crashed or ended."""
+        replica = next((one for one in self.replicas if one.pod is pod), None)
+        if replica is None or replica.draining:
+            return
         if pod.phase == "ready":
             self.was_ready, self.failure = True, ""
             self.activator.refuse("")
-        elif pod.phase == "backoff" and not self.ready_replicas:
+        elif pod.phase == "gone":  # not by us: another takes its place
+            self._retry_at_s = self._node.clock() + _RETRY_S
+            replica.stop(quiet_s=0.0, grace_s=0.0, gone=self._replica_gone)
+        elif pod.phase == "backoff" and self._all_crash:
             # a cluster lets requests wait until they time out; here somebody sits before the terminal
             self.failure = pod.message
             self.activator.refuse(f"{self.id.service} cannot start: {pod.message}")
         elif pod.phase == "starting":
             self.activator.refuse("")
         self._reconcile()
+
+    @property
+    def _all_crash(self) -> bool:
+        """None of the replicas is ready, or may become so before it is started once more."""
+        phases = {replica.pod.phase for replica in self.replicas if not replica.draining}
+        return phases == {"backoff"} and not self._starting
 
     def _resolve(self) -> None:
         """Finds the command of the image. Not found is like an image that cannot be pulled: applied, but not ready."""
@@ -389,46 +374,10 @@ class Revision:
             self.failure = str(error)
             self.activator.refuse(self.failure)
 
-    def _pod_spec(self, name: str, command: Command, address: str, port: int, grpc_port: int) -> PodSpec:
-        container = self.template.container
-        env = self._environment(name, command, address, port, grpc_port)
-        return PodSpec(
-            name=name,
-            command=_expanded(command, env),
-            env=env,
-            working_dir=container.working_dir,
-            readiness=container.readiness,
-            liveness=container.liveness,
-            startup=container.startup,
-            grace_s=self.template.timeout_s,
-            gpus=container.gpus,
-            cpus=container.cpus,
-        )
-
-    def _environment(self, name: str, command: Command, address: str, port: int, grpc_port: int) -> dict[str, str]:
-        """Knative's variables, what the image table adds, and the manifest's own, which may refer to the former."""
-        env = {
-            "PORT": str(port),
-            "K_SERVICE": self.id.service,
-            "K_CONFIGURATION": self.id.service,
-            "K_REVISION": self.id.name,
-            "HOSTNAME": name,
-            "POD_ADDRESS": address,  # ours: what POD_IP:8012 is on a cluster
-            "GRPC_PORT": str(grpc_port),  # ours: 0 where gRPC has no way in
-        }
-        if self._node.ingress:
-            # by name (cluster DNS) through the ingress, by address directly
-            env |= {"http_proxy": f"http://{self._node.ingress}", "no_proxy": "127.0.0.1,localhost,::1"}
-        return expand_env(itertools.chain(command.env.items(), self.template.container.env), env)
-
     def _make_spec(self) -> ScalerSpec:
         return scaler_spec(
             self._config, self.template.annotations, self.template.container_concurrency, reachable=self._reachable
         )
-
-    def _timeouts(self) -> Timeouts:
-        template = self.template
-        return Timeouts(template.timeout_s, template.response_start_timeout_s, template.idle_timeout_s)
 
     # -- what is shown
 
@@ -506,9 +455,3 @@ class Revision:
             "message": pod.message,
             "in_flight": replica.proxy.in_flight,
         }
-
-
-def _expanded(command: Command, env: Mapping[str, str]) -> Command:
-    """With $(VAR) in its arguments replaced. Its own variables are in `env` already."""
-    argv, args = ([expand(text, env) for text in part] for part in (command.argv, command.args))
-    return replace(command, argv=tuple(argv), args=tuple(args), env={})

@@ -12,8 +12,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from knative.autoscaler.config import AutoscalerConfig
+from knative.errors import ValidationError
+from knative.node import Node, RevisionName
 from knative.resources.objects import Service, TrafficTarget
-from knative.revision import Node, Revision, RevisionName
+from knative.resources.service import check_update
+from knative.revision import Revision
 
 _OLD_REVISIONS_MAX = 20  # config-gc min-non-active-revisions
 
@@ -33,7 +36,6 @@ class ServiceController:
         self._changed = changed
         self._wakes = wakes
         self._latest_ready: Revision | None = None
-        self._retired: set[asyncio.Task[None]] = set()
         self._add_revision()
 
     @property
@@ -53,6 +55,14 @@ class ServiceController:
         self.settle()
         return False
 
+    def check(self, service: Service) -> None:
+        """Raises ValidationError for a template that cannot become a revision beside those there are."""
+        check_update(self.service, service)
+        name = service.template.name
+        other = next((revision for revision in self.revisions if name and revision.id.name == name), None)
+        if other is not None and other.template != service.template:
+            raise ValidationError([f'revision "{name}" exists with another template: spec.template.metadata.name'])
+
     def configure(self, config: AutoscalerConfig) -> None:
         self._config = config
         self.settle()
@@ -66,8 +76,7 @@ class ServiceController:
 
     def settle(self) -> None:
         """After any change: who is the latest ready one, who is reachable, what can be forgotten."""
-        if self.latest.usable:
-            self._latest_ready = self.latest
+        self._latest_ready = self._newest_usable() or self._latest_ready
         routed = {id(revision) for _, revision in self.targets()}
         for revision in list(self.revisions):
             # a new revision has to start before it may get traffic
@@ -78,13 +87,19 @@ class ServiceController:
 
     async def close(self, *, gently: bool = False) -> None:
         """Ends all replicas: now, or once running requests have been answered."""
-        await asyncio.gather(*(revision.close(gently=gently) for revision in self.revisions))
-        for revision in self.revisions:
+        for revision in self.revisions:  # before a service of the same name may count anew
             self._node.metrics.forget(revision.id)
+        await asyncio.gather(*(revision.close(gently=gently) for revision in self.revisions))
 
     def _add_revision(self) -> None:
         self.generation += 1
         template = self.service.template
+        again = next((one for one in self.revisions if template.name and one.id.name == template.name), None)
+        if again is not None:  # back to one that exists: it is the latest once more
+            self.revisions.remove(again)
+            self.revisions.append(again)
+            self.settle()
+            return
         name = template.name or f"{self.service.name}-{self.generation:05d}"
         identity = RevisionName(self.service.namespace, self.service.name, name, self.generation)
         revision = Revision(
@@ -95,18 +110,17 @@ class ServiceController:
         self.settle()
 
     def _revision_changed(self, revision: Revision) -> None:
-        if (
-            revision in self.revisions
-            and (revision is self.latest)
-            and revision.usable != (revision is self._latest_ready)
-        ):
+        if revision in self.revisions and self._newest_usable() is not self._latest_ready:
             self.settle()
+
+    def _newest_usable(self) -> Revision | None:
+        return next((revision for revision in reversed(self.revisions) if revision.usable), None)
 
     def _wake_others(self) -> None:
         self._wakes(self)
 
     def _forget_old(self, routed: set[int]) -> None:
-        old = [one for one in self.revisions[:-1] if id(one) not in routed and not one.replicas]
+        old = [one for one in self.revisions[:-1] if id(one) not in routed and one.idle]
         for revision in old[: max(0, len(old) - _OLD_REVISIONS_MAX)]:
             self.revisions.remove(revision)
             self._node.metrics.forget(revision.id)
@@ -115,22 +129,23 @@ class ServiceController:
 
     @property
     def ready(self) -> bool:
-        return self._latest_ready is self.latest and not self.latest.failing
+        return self._latest_ready is self.latest and not self.latest.failing and not self._missing
+
+    @property
+    def _missing(self) -> list[str]:
+        """Revisions that get traffic and do not exist."""
+        names = {revision.id.name for revision in self.revisions}
+        return [target.revision for target in self.service.traffic if target.revision and target.revision not in names]
 
     def status(self, url: str) -> dict[str, Any]:
         """The `status` block of `kubectl get ksvc -o yaml`."""
         latest = self.latest
-        state = "True" if self.ready else ("False" if latest.failing else "Unknown")
-        condition: dict[str, Any] = {"type": "Ready", "status": state}
-        if state != "True":
-            condition["reason"] = "RevisionFailed" if state == "False" else "Deploying"
-            condition["message"] = latest.failure or f"Revision {latest.id.name} is not ready yet"
         return {
             "url": url,
             "observedGeneration": self.generation,
             "latestCreatedRevisionName": latest.id.name,
             "latestReadyRevisionName": self._latest_ready.id.name if self._latest_ready else "",
-            "conditions": [condition],
+            "conditions": [self._condition()],
             "traffic": [
                 {
                     "revisionName": revision.id.name,
@@ -141,6 +156,19 @@ class ServiceController:
                 for target, revision in self.targets()
             ],
         }
+
+    def _condition(self) -> dict[str, str]:
+        """Ready, with Knative's reasons (pkg/apis/serving/v1/{configuration,route}_lifecycle.go)."""
+        latest = self.latest
+        if self.ready:
+            return {"type": "Ready", "status": "True"}
+        if latest.failing:
+            return {"type": "Ready", "status": "False", "reason": "RevisionFailed", "message": latest.failure}
+        if self._missing:
+            text = f'Revision "{self._missing[0]}" referenced in traffic not found.'
+            return {"type": "Ready", "status": "False", "reason": "RevisionMissing", "message": text}
+        text = latest.failure or f"Revision {latest.id.name} is not ready yet"
+        return {"type": "Ready", "status": "Unknown", "reason": "Deploying", "message": text}
 
 
 Wakes = Callable[[ServiceController], None]

@@ -276,12 +276,16 @@ class Chain:
         return lane
 
     async def _run_lane(self, lane: _Lane) -> None:
-        self._sweep(lane)
-        while lane.jobs:
-            self._avoid_draining(lane)
-            await self._step(lane)
+        try:
             self._sweep(lane)
-        self._lanes.remove(lane)
+            while lane.jobs:
+                self._avoid_draining(lane)
+                await self._step(lane)
+                self._sweep(lane)
+        except Exception as error:  # a mistake of ours must not leave anybody waiting
+            log.exception("lane_failed", lane=lane.name)
+            _fail(lane.jobs, GenerationError(f"internal error ({type(error).__name__})", status=500, code="internal"))
+        self._lanes.remove(lane)  # not when cancelled: `close` looks after what is left
         self._active_s = _now_s()
 
     def _sweep(self, lane: _Lane) -> None:

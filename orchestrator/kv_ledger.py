@@ -74,7 +74,8 @@ class KvLedger:
             held, budget = promised.get(replica, 0), self._budgets[stage].get(replica, self._sizes[stage])
         else:
             held = max((n for home, n in promised.items() if home is not None), default=0)
-            budget = min(self._budgets[stage].values(), default=self._sizes[stage])
+            in_use = (size for home, size in self._budgets[stage].items() if home in promised)
+            budget = min(in_use, default=self._sizes[stage])
         held += promised.get(None, 0)
         return held == 0 or held + tokens <= budget
 
@@ -84,3 +85,5 @@ class KvLedger:
             self._promised[stage][replica] = left
         else:
             self._promised[stage].pop(replica, None)
+            if replica is not None:
+                self.forget(stage, replica)  # it is asked again when it is used again

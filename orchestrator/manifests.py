@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -210,4 +211,5 @@ def _service(
 
 
 def _env(variables: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"name": name, "value": value} for name, value in variables.items()]
+    # in quotes: to a YAML 1.1 reader, 0:30 without them is a number
+    return [{"name": name, "value": DoubleQuotedScalarString(value)} for name, value in variables.items()]

@@ -28,6 +28,11 @@ BODY = b"\x5a" * 10_000
 REQUESTS, QUICK_REQUESTS = 500, 5
 CONNECTIONS = (1, 8, 32)
 LOAD_S, QUICK_LOAD_S = 1.5, 0.1
+RATE_REMARKS = (
+    "10 KB there and back. Client, platform and upstream share two cores.",
+    "The client spends as much CPU time on a request as the echo: with several connections, direct is what the client "
+    "can ask for, and it is halved when another program runs. The ratio is as uncertain; the value is not.",
+)
 
 PEER = "direct"
 QUEUE_PROXY = "queue-proxy"
@@ -50,7 +55,7 @@ async def measure(bench: Bench) -> list[Section]:
             added,
             ["One connection, one request at a time, loopback. Upstream: raw ASGI echo under uvicorn."],
         ),
-        Section("Path: requests per second", rates, ["10 KB there and back. The client shares the two cores."]),
+        Section("Path: requests per second", rates, RATE_REMARKS),
     ]
 
 

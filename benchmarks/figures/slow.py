@@ -140,8 +140,11 @@ async def _load(ask: _Asker, expected: Mapping[str, str], ends_s: float, clients
 
     prompts = list(expected)
     turns = [prompts[index % len(prompts) :] + prompts[: index % len(prompts)] for index in range(clients)]
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(client(turn)) for turn in turns]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(client(turn)) for turn in turns]
+    except* MeasureError as failed:
+        raise failed.exceptions[0] from None
     return sum(task.result() for task in tasks)
 
 

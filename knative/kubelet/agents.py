@@ -255,7 +255,14 @@ def how_it_ended(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     hint = " (often: out of memory)" if code == -signal.SIGKILL else ""
-    return f"killed by {signal.Signals(-code).name}{hint}"
+    return f"killed by {_signal_name(-code)}{hint}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _kill_if_started(answer: asyncio.Future[Process]) -> None:

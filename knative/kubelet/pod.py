@@ -151,14 +151,13 @@ class Pod:
         if not ports.is_free(self.port):  # whoever listens there would also answer our probes
             return f"was not started: port {self.port} is taken by another program"
         command = self.spec.command
-        file = logs.start_log(self._folder, self.restarts)
         env = self._environment(devices)
-        # an import may take long and is not to be waited for when the pod has to go; the start itself is short
-        await self._or_stop(self._machine.agents.warm(command.preload))
-        start = Start(
-            () if command.module else command.argv, command.module, command.args, env, self.spec.working_dir, str(file)
-        )
         try:
+            file = logs.start_log(self._folder, self.restarts)
+            # an import may take long and is not to be waited for when the pod has to go; the start itself is short
+            await self._or_stop(self._machine.agents.warm(command.preload))
+            argv = () if command.module else command.argv
+            start = Start(argv, command.module, command.args, env, self.spec.working_dir, str(file))
             self._process = process = await self._machine.agents.run(start, command.preload)
         except (AgentGone, OSError) as error:
             return f"could not be started: {error}"
@@ -184,8 +183,8 @@ class Pod:
         try:
             await asyncio.wait((process.ended, watching, stop), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            failed = watching.result() if watching.done() else ""
             await _cancel((watching, stop))
+        failed = "" if watching.cancelled() else watching.result()
         if self._stop.is_set():
             await self._end(process, math.inf)  # until the timer of `terminate`
             raise _Stopped

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import aiohttp
 import yarl
 
-from knative.kubelet.agents import Process
+from knative.kubelet.agents import AgentGone, Process
 from knative.resources.objects import Probe
 
 AGGRESSIVE_PERIOD_S = 0.05  # readiness with periodSeconds 0: pkg/queue/readiness/probe.go
@@ -46,7 +46,7 @@ class Prober:
                 return await self._exec(probe)
         except TimeoutError:
             return f"{describe(probe, port)}: no answer within {timeout_s:g} s"
-        except (OSError, aiohttp.ClientError) as error:
+        except (OSError, aiohttp.ClientError, AgentGone) as error:
             return f"{describe(probe, port)}: {_reason(error)}"
 
     async def _http(self, probe: Probe, port: int) -> str:

@@ -66,7 +66,7 @@ class Activator:
         """Answers 503 with `reason` to all that wait, and to whoever comes, until it is called with ""."""
         self._refusal = reason
         if reason:
-            self._throttler.refuse(Unavailable(reason))
+            self._throttler.refuse(lambda: Unavailable(reason))
 
     def poke(self) -> None:
         """Counts a request that came and went, for one that will come: the revision wakes ahead of it."""

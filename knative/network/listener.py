@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 
@@ -32,14 +33,20 @@ class Listener:
             self._handle,
             handler_cancellation=True,
             access_log=None,
+            logger=_silent(),
             auto_decompress=False,
             max_line_size=HEADER_BYTES_MAX,
             max_field_size=HEADER_BYTES_MAX,
             max_headers=HEADERS_MAX,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=_CLOSE_S)
-        await self._runner.setup()
-        await web.SockSite(self._runner, listening, backlog=_BACKLOG).start()
+        try:
+            await self._runner.setup()
+            await web.SockSite(self._runner, listening, backlog=_BACKLOG).start()
+        except BaseException:  # cancelled, most likely
+            listening.close()
+            await self.close()
+            raise
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{listening.getsockname()[1]}"
         return self.address
@@ -53,6 +60,14 @@ class Listener:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         refused = _refusal(request)
         return await self._handler(request) if refused is None else refused
+
+
+def _silent() -> logging.Logger:
+    """aiohttp tells of every malformed request with a trace; whoever sent it has had its 400."""
+    logger = logging.getLogger("knative.network.listener")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
+    return logger
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -60,12 +60,12 @@ class Throttler(Generic[B]):
         self._backends = sorted(backends, key=lambda backend: backend.address)
         self._hand_out()
 
-    def refuse(self, error: Exception) -> None:
-        """Ends the waiting of all that wait now, with `error`."""
+    def refuse(self, error: Callable[[], Exception]) -> None:
+        """Ends the waiting of all that wait now, each with an error of its own."""
         waiters, self._waiters = self._waiters, deque()
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(error)
+                waiter.set_exception(error())
 
     @contextlib.asynccontextmanager
     async def reserve(self) -> AsyncIterator[B]:
@@ -99,7 +99,8 @@ class Throttler(Generic[B]):
             return await waiter
         except asyncio.CancelledError:
             if not waiter.cancelled():
-                self._release(waiter.result())  # given together with the cancellation: on to the next one
+                if waiter.exception() is None:
+                    self._release(waiter.result())  # given together with the cancellation: on to the next one
             else:
                 with contextlib.suppress(ValueError):  # `_hand_out` may have passed over it already
                     self._waiters.remove(waiter)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
@@ -20,6 +21,7 @@ from knative.errors import KnativeError, Unavailable
 log = structlog.get_logger()
 
 CHUNK_BYTES = 64 << 10
+PREFACE_TIMEOUT_S = 10.0
 PREFACE_BYTES = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")  # RFC 9113 section 3.4
 _HEADER_BYTES = 9
 _DATA, _HEADERS, _RST_STREAM = 0x0, 0x1, 0x3
@@ -110,8 +112,9 @@ class Tunnel:
             self._server = await asyncio.start_server(self._accept, host, port)
         except OSError as error:
             raise Unavailable(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; choose another address or port, or 0 for "
-                "a free port"
+                # asyncio's own text says where once more
+                f"cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}; "
+                "choose another address or port, or port 0 for a free one"
             ) from error
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._server.sockets[0].getsockname()[1]}"
@@ -128,8 +131,13 @@ class Tunnel:
         assert task is not None  # asyncio runs it as one
         self._connections.add(task)
         try:
+            # whoever only tries whether somebody listens wakes nothing
+            async with asyncio.timeout(PREFACE_TIMEOUT_S):
+                preface = await reader.readexactly(PREFACE_BYTES)
             async with self._connect() as target:
-                await self._pass_on(reader, writer, target)
+                await self._pass_on(preface, reader, writer, target)
+        except (TimeoutError, asyncio.IncompleteReadError):
+            pass
         except (KnativeError, OSError) as error:
             log.warning("tunnel_failed", error=str(error))
         except asyncio.CancelledError:
@@ -138,9 +146,13 @@ class Tunnel:
             self._connections.discard(task)
             writer.close()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Target) -> None:
+    async def _pass_on(
+        self, preface: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Target
+    ) -> None:
         streams = Streams(target.opened)
         async with _connection(target.port) as (their_reader, their_writer):
+            streams.from_client(preface)
+            their_writer.write(preface)
             ways = (
                 asyncio.create_task(_pump(reader, their_writer, streams.from_client)),
                 asyncio.create_task(_pump(their_reader, writer, streams.from_server)),

@@ -27,7 +27,8 @@ from knative.resources.yaml_text import Text, lines_below, read_json, read_yaml
 FILE_BYTES_MAX = 4 << 20
 _SUFFIXES = (".yaml", ".yml", ".json")
 _NO_MANIFEST = "not a manifest: expected a mapping with apiVersion and kind"
-_EVENTING = "knative-eventing"  # its config-features is another one
+SYSTEM_NAMESPACE = "knative-serving"  # where config maps are Knative's settings
+_SETTINGS = ("config-autoscaler", "config-defaults", "config-features")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +216,12 @@ class _Parser:
         if not is_dns_1123_label(namespace):
             problems.invalid(namespace, "metadata.namespace", "not a DNS 1123 label")
         data = text_map(tree, "data")
-        if not problems.errors and namespace != _EVENTING:
+        if not problems.errors and namespace == SYSTEM_NAMESPACE:
             self._settle(name, data, problems)
+        elif name in _SETTINGS and namespace != "knative-eventing":  # which has a config-features of its own
+            problems.warn(
+                f"{name} has no effect in namespace {namespace}: Knative reads it in {SYSTEM_NAMESPACE}", "metadata"
+            )
         self._note(document, problems)
         if not problems.errors and self._first(document, "ConfigMap", namespace, name):
             manifest = {**tree, "metadata": {**metadata, "namespace": namespace}}

@@ -146,7 +146,7 @@ def up(
         scaling=Scaling(
             target=target,
             window_s=_window_s(window),
-            grace_s=_duration_s("--grace", grace),
+            grace_s=_grace_s(grace),
             min_scale=min_scale,
             max_scale=most,
         ),
@@ -228,22 +228,38 @@ async def _serve(
 @asynccontextmanager
 async def _deployed(deployable: Deployable, settings: PlatformSettings) -> AsyncIterator[tuple[Platform, Urls]]:
     """The platform with the plan's services applied, listening. Raises KnativeError and UpError."""
-    from knative.control import control_api
     from knative.errors import Unavailable
     from knative.platform import Platform
     from knative.resources.documents import read_documents
     from orchestrator.manifests import write_manifests
 
-    folder = settings.folder / "manifests"
-    write_manifests(deployable, folder)
+    written = write_manifests(deployable, settings.folder / "manifests")
     async with AsyncExitStack() as stack:
         try:
             platform = await stack.enter_async_context(Platform(settings))
         except Unavailable as error:
             raise UpError(f"{error}; see --port, --grpc-port, --metrics-port and --host", 2) from None
-        await stack.enter_async_context(control_api(platform, settings.name, settings.folder))
-        await platform.apply(read_documents(folder))
+        await _publish(platform, deployable.name, stack)
+        # these only: --log-dir may hold those of another run
+        await platform.apply([document for path in written for document in read_documents(path)])
         yield platform, Urls(platform.url, platform.grpc, deployable.plan.name)
+
+
+async def _publish(platform: Platform, wanted: str, stack: AsyncExitStack) -> None:
+    """Has the other commands find it, by `wanted` or a name like it. Raises RegistryError."""
+    from knative.control import control_api
+    from knative.registry import RegistryError
+
+    while True:
+        name = platform.settings.name
+        try:
+            await stack.enter_async_context(control_api(platform, name, platform.settings.folder))
+        except RegistryError:  # another `up` may have taken the name since it was chosen
+            platform.settings = replace(platform.settings, name=_free_name(wanted))
+            if platform.settings.name == name:
+                raise
+        else:
+            return
 
 
 async def _unless_failing(platform: Platform, work: Awaitable[T]) -> T:
@@ -373,6 +389,13 @@ def _window_s(text: str) -> int:
     if not 6 <= seconds <= 3600 or seconds != int(seconds):
         fail(f"--window: {text!r} must be whole seconds from 6s to 1h", 2)
     return int(seconds)
+
+
+def _grace_s(text: str) -> float:
+    seconds = _duration_s("--grace", text)
+    if not seconds:
+        fail(f"--grace: {text!r} must be more than 0, such as 1s", 2)
+    return seconds
 
 
 def _duration_s(option: str, text: str) -> float:

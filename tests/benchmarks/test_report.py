@@ -51,3 +51,10 @@ def test_file_says_what_was_measured_on(tmp_path: Path) -> None:
     assert data["cores"] >= 1
     assert set(report.VERSIONED) == set(data["versions"])
     assert [figure["name"] for figure in data["figures"]] == ["a"]
+
+
+def test_file_holds_the_points_of_a_plot(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    section = Section("Title", [alone("a", "s", [1.0])], series={"line": [(0.0, 1.0), (1.2345678, 2.0)]})
+    report.write(path, [section, Section("no plot", [])], quick=True, load_before=0.25)
+    assert json.loads(path.read_text())["series"] == {"Title": {"line": [[0.0, 1.0], [1.2346, 2.0]]}}

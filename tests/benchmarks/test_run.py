@@ -11,12 +11,25 @@ from pathlib import Path
 import psutil
 import pytest
 
+WAYS = ("queue-proxy", "ingress, queue-proxy", "ingress, activator, queue-proxy")
+
 # figure -> names that its JSON lines must have
 EXPECTED = {
     "hop": ["hop 10 KB p50", "hop 10 KB p99", "hop 16 MB p50", "hop 16 MB p99"],
     "latency": ["toy, generate, 2 threads", "toy, 2 stages, 1 thread each"],
     "throughput": ["2 at once, 1 thread a stage"],
-    "startup": ["first token, up, 2 stages", "first token, stages alone, 2 stages"],
+    "path": [
+        *(f"{way}, {percent}" for percent in ("p50", "p99") for way in WAYS),
+        *(f"{way}, 2 connections" for way in WAYS if way.startswith("ingress")),
+    ],
+    "wake": ["wake demo, 2 stages"],
+    "startup": ["first token, up, 2 stages"],
+    "slow": [
+        "replicas, stage 0, 10 ms a step",
+        "replicas, stage 1, 20 ms a step",
+        "replicas, stage 2, 10 ms a step",
+        "replicas, slow stage",
+    ],
     "memory": ["base: a stage next to empty", "2 stages: stage 0", "2 stages: stage 1"],
 }
 
@@ -32,7 +45,8 @@ def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
     done = run(root, "--quick", "--json", "--only", name, "--output", str(output))
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["name"] for line in lines] == EXPECTED[name]
+    names = [line["name"] for line in lines if "transformers serve" not in line["name"]]  # where it can run
+    assert names == EXPECTED[name]
     assert all(line["value"] > 0 and line["n"] == 1 and line["unit"] for line in lines)
     assert all(line["ratio"] > 0 for line in lines if "peer" in line)
     # tokens that differ from the peer's are noted, and would make the figure worthless

@@ -8,11 +8,13 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 
 Start = Callable[..., Any]
 Service = Callable[..., dict[str, Any]]
 Until = Callable[..., Any]
 
+WAIT_S = 30.0
 ZERO = {"allow-zero-initial-scale": "true", "initial-scale": "0", "stable-window": "6s"}
 
 
@@ -124,3 +126,50 @@ async def test_services_that_share_a_preload_share_one_interpreter(start: Start,
     await asyncio.gather(*(cluster.ask(f"s{number}") for number in range(3)))
     agents = [one for one in cluster.events if one["event"] == "agent_started"]
     assert [one["preload"] for one in agents] == [["http.server", "json"]]
+
+
+async def test_a_grpc_connection_during_the_drain_of_the_last_replica_wakes_another(
+    start: Start, service: Service, until: Until
+) -> None:
+    cluster = await start(clock=True, drain_quiet_s=600.0)
+    await cluster.apply(service("two", annotations={"window": "6s"}))
+    await until(cluster.ready("two"))
+    await cluster.turn_until(lambda: cluster.status("two")["draining"] == 1)
+    (revision,) = cluster.revisions
+    async with asyncio.timeout(WAIT_S), revision.connect() as replica:
+        assert replica.ready
+    assert (cluster.status("two")["ready"], cluster.status("two")["draining"]) == (1, 1)
+
+
+async def test_a_service_deleted_while_it_starts_answers_who_waits_and_gives_all_back(
+    start: Start, service: Service, settings_of: Callable[..., Any], until: Until
+) -> None:
+    cluster = await start()
+    await cluster.apply(settings_of(**ZERO), service("first"))
+    await cluster.ask("first")  # from here on nothing is new: the agent runs, the client has its connections
+    this = psutil.Process()
+    fds = this.num_fds()
+    for step in range(12):
+        await cluster.apply(service("brief", START_S="60"))
+        held = asyncio.create_task(cluster.get("brief"))
+        await until(lambda: cluster.status("brief")["waiting"] == 1)
+        for _ in range(step % 6):
+            await asyncio.sleep(0)
+        await cluster.platform.delete("service", "default", "brief")
+        assert (await held)[0] == 503
+    await until(lambda: this.num_fds() <= fds + 4)
+    assert [one["service"] for one in cluster.platform.status()["revisions"]] == ["first"]
+
+
+async def test_traffic_to_a_revision_that_does_not_exist_is_told(start: Start, service: Service) -> None:
+    cluster = await start(default_service="default/lost", grpc_port=0)
+    await cluster.apply(service("lost", traffic=[{"revisionName": "lost-00007", "percent": 100}]))
+    status, text = await cluster.get("lost")
+    assert (status, "no revision in its traffic" in text) == (503, True)
+    host, _, port = cluster.platform.grpc.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    assert await reader.read() == b""
+    writer.close()
+    assert any(one["event"] == "tunnel_failed" for one in cluster.events)
+    assert cluster.condition("lost")["status"] == "False"

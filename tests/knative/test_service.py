@@ -125,11 +125,12 @@ async def test_a_revision_name_stands_for_one_template_only(start: Start, servic
     assert list(by_revision(cluster)) == ["named-one"]
 
 
-async def test_old_revisions_are_forgotten_one_day(start: Start, service: Service) -> None:
+async def test_old_revisions_are_forgotten_one_day(
+    start: Start, service: Service, settings_of: Callable[..., Any]
+) -> None:
     cluster = await start(clock=True)
     zero = {"initial-scale": "0"}
-    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "config-autoscaler"}}
-    await cluster.apply({**config, "data": {"allow-zero-initial-scale": "true"}})
+    await cluster.apply(settings_of(**{"allow-zero-initial-scale": "true"}))
     for number in range(30):
         await cluster.apply(service("many", annotations=zero, TEXT=str(number)))
     assert len(by_revision(cluster)) == 21  # the one that serves and Knative's 20

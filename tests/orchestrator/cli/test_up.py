@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,254 +23,170 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[3]
 FREE_PORTS = ("--port", "0", "--grpc-port", "0")
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+WAIT_S = 120  # against hangs
 
-
-def argv(*arguments: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "orchestrator.cli", *arguments]
-
-
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv(*arguments), capture_output=True, text=True, cwd=cwd, env=ENV, check=False)
+Stagecraft = Callable[..., Any]
 
 
 @dataclass
 class Running:
+    """An `up` that listens. `family` are the processes it had when `keep_family` was called."""
+
     process: subprocess.Popen[str]
     facts: dict[str, Any]
+    family: list[psutil.Process] = field(default_factory=list)
 
-    def end(self) -> tuple[int, str]:
-        """Waits for the end; exit code and what it printed on standard error."""
-        assert self.process.stderr is not None
-        text = self.process.stderr.read()
-        return self.process.wait(), text
+    def keep_family(self) -> None:
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
 
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        """Exit code and what it printed on standard error, after this signal."""
+        self.keep_family()
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, errors
 
-@contextmanager
-def serving(checkpoint: Path, *options: str, cwd: Path = ROOT) -> Iterator[Running]:
-    """The system in 2 stages on free ports, ready; killed at the end if it still runs."""
-    line = argv("up", str(checkpoint), "--stages", "2", "--threads", "1", "--json", *FREE_PORTS, *options)
-    pipe = subprocess.PIPE
-    with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=ENV) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            ready = process.stdout.readline()
-            assert ready, process.stderr.read()
-            yield Running(process, json.loads(ready))
-        finally:
-            process.kill()
+    def is_alone(self) -> bool:
+        """Nothing that it started is left; waits for what the system is about to end."""
+        return not psutil.wait_procs(self.family, timeout=WAIT_S)[1]
 
 
 @pytest.fixture(scope="module")
-def tiny_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of its own: processes are counted by the folder they serve."""
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("up") / "tiny"))
+def environment(runtime: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "STAGECRAFT_RUNTIME_DIR": str(runtime),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "150",
+    }
 
 
-def children_of(checkpoint: Path) -> list[int]:
-    """Processes that serve this checkpoint, found by their environment."""
-
-    def serves(process: psutil.Process) -> bool:
-        try:
-            env = process.environ()
-        except psutil.Error:
-            return False
-        return str(checkpoint) in (env.get("STAGE_MODEL"), env.get("ORCHESTRATOR_MODEL"))
-
-    return [process.pid for process in psutil.process_iter() if serves(process)]
+def argv(*arguments: object) -> list[str]:
+    return [sys.executable, "-P", "-m", "orchestrator.cli", "up", *map(str, arguments), *FREE_PORTS]
 
 
-def wait_until_gone(checkpoint: Path) -> None:
-    while children_of(checkpoint):
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def serving(tiny_checkpoint: Path, environment: dict[str, str]) -> Callable[..., Any]:
+    """serving("--stages", 2, cwd=...): a context with an `up` that listens; killed at its end if it still runs."""
+
+    @contextmanager
+    def serve(*options: object, model: Path = tiny_checkpoint, cwd: Path = ROOT) -> Iterator[Running]:
+        stages = () if "--plan" in options or "--stages" in options else ("--stages", 2)
+        model_and_name = () if "--plan" in options else (model, "--name", "tiny")
+        line = argv(*model_and_name, *stages, "--threads", 1, "--json", *options)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=environment) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            try:
+                ready = process.stdout.readline()
+                assert ready, process.stderr.read()
+                yield Running(process, json.loads(ready))
+            finally:
+                process.kill()
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run("MODEL", "--stages", 2): an `up` that ends by itself."""
+
+    def run(
+        *arguments: object, before: tuple[str, ...] = (), after: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        line = [*before, *argv(*arguments), *after]
+        return subprocess.run(
+            line, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=WAIT_S
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bard(serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One that answers, started in a folder whose files have the names of packages."""
+    folder = tmp_path_factory.mktemp("cwd")
+    for module in ("torch", "kserve", "functions", "knative"):
+        (folder / f"{module}.py").write_text("raise SystemExit('the wrong file was imported')")
+    with serving("--name", "bard", cwd=folder) as running:
+        yield running
 
 
 def complete(facts: dict[str, Any], **options: Any) -> httpx.Response:
     body = {"model": facts["model"], "prompt": "To be", "max_tokens": 5, "temperature": 0, **options}
-    return httpx.post(f"{facts['openai']}/completions", json=body, timeout=60)
+    return httpx.post(f"{facts['openai']}/completions", json=body, timeout=WAIT_S)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serves_until_a_signal_and_then_exits_0(tiny_checkpoint: Path, number: signal.Signals) -> None:
-    with serving(tiny_checkpoint) as running:
-        answer = complete(running.facts)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["completion_tokens"] == 5
-        assert len(children_of(tiny_checkpoint)) == 3
-        running.process.send_signal(number)
-        code, errors = running.end()
-    assert (code, "Traceback" in errors) == (0, False)
-    assert children_of(tiny_checkpoint) == []
-    assert not Path(running.facts["log_dir"]).exists()
+def test_the_urls_it_prints_answer(bard: Running) -> None:
+    facts = bard.facts
+    answer = complete(facts)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 5
+    v1 = httpx.post(facts["v1"], json={"instances": ["To be"]}, timeout=WAIT_S)
+    assert v1.status_code == 200, v1.text
+    assert "stagecraft_" in httpx.get(facts["metrics"]).text
+    assert 'kn_service_name="bard-stage-1"' in httpx.get(facts["platform_metrics"]).text
+    assert [stage["blocks"] for stage in facts["stages"]] == ["0:3", "3:4"]
+    for stage in facts["stages"]:
+        assert httpx.get(f"{stage['url']}/readyz").status_code == 200
+    host, port = facts["grpc"].rsplit(":", 1)
+    socket.create_connection((host, int(port))).close()
 
 
-def test_the_urls_it_prints_answer(tiny_checkpoint: Path) -> None:
-    with serving(tiny_checkpoint, "--name", "bard") as running:
-        facts = running.facts
-        assert facts["model"] == "bard"
-        v1 = httpx.post(facts["v1"], json={"instances": ["To be"]}, timeout=60)
-        assert v1.status_code == 200, v1.text
-        assert httpx.get(facts["metrics"]).status_code == 200
-        host, port = facts["grpc"].rsplit(":", 1)
-        socket.create_connection((host, int(port))).close()
-        assert facts["stages"][0]["blocks"].startswith("0:")
+def test_the_other_commands_find_it(bard: Running, stagecraft: Stagecraft) -> None:
+    shown = json.loads(stagecraft("status", "--json", "--platform", bard.facts["platform"]).out)
+    assert {one["service"] for one in shown["revisions"]} == {"bard", "bard-stage-0", "bard-stage-1"}
+    assert shown["platform"]["pid"] == bard.process.pid
 
 
-def test_kill_9_takes_all_children_along(tiny_checkpoint: Path) -> None:
-    with serving(tiny_checkpoint) as running:
-        assert len(children_of(tiny_checkpoint)) == 3
-        running.process.kill()
-        running.process.wait()
-    wait_until_gone(tiny_checkpoint)
+def test_a_ctrl_c_ends_it_with_0_and_nothing_is_left(bard: Running) -> None:
+    assert complete(bard.facts).status_code == 200
+    code, errors = bard.end(signal.SIGINT)
+    assert (code, errors) == (0, "")
+    assert bard.is_alone()
+    assert not Path(bard.facts["log_dir"]).exists()
 
 
-def test_a_stage_that_dies_while_serving_ends_everything_with_1(tiny_checkpoint: Path) -> None:
-    with serving(tiny_checkpoint) as running:
-        os.kill(running.facts["stages"][1]["pid"], signal.SIGKILL)
-        code, errors = running.end()
-    assert code == 1
-    assert "stage 1 was killed by SIGKILL" in errors
-    assert children_of(tiny_checkpoint) == []
-    assert (Path(running.facts["log_dir"]) / "stage-1.log").exists()
-
-
-def test_a_stage_that_cannot_start_is_named_and_nothing_is_left(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    done = run(
-        "up", str(tiny_checkpoint), "--stages", "2", "--device", "cuda:99", *FREE_PORTS, "--log-dir", str(tmp_path)
-    )
-    assert done.returncode == 1
-    assert "error: stage " in done.stderr
-    assert str(tmp_path / "stage-") in done.stderr
-    assert "Traceback" not in done.stderr
-    assert children_of(tiny_checkpoint) == []
-
-
-def test_a_taken_port_is_named_with_the_option(tiny_checkpoint: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = run("up", str(tiny_checkpoint), "--stages", "2", "--port", port, "--grpc-port", "0")
-    assert done.returncode == 2
-    assert f"port {port} " in done.stderr
-    assert "--port" in done.stderr
-    assert children_of(tiny_checkpoint) == []
-
-
-def test_ctrl_c_while_starting_leaves_nothing(tiny_checkpoint: Path) -> None:
-    line = argv("up", str(tiny_checkpoint), "--stages", "2", *FREE_PORTS)
-    with subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENV
-    ) as process:
-        while not children_of(tiny_checkpoint):
+def test_kill_9_takes_all_processes_along(serving: Callable[..., Any]) -> None:
+    with serving() as running:
+        while len(psutil.Process(running.process.pid).children()) < 2:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate()
-    assert (process.returncode, "Traceback" in errors) == (0, False)
-    assert children_of(tiny_checkpoint) == []
+        code, _ = running.end(signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert running.is_alone()
+    shutil.rmtree(running.facts["log_dir"])
 
 
-def test_a_prompt_is_answered_on_stdout(tiny_checkpoint: Path) -> None:
-    done = run("up", str(tiny_checkpoint), "--stages", "2", "--prompt", "To be", "--exit", *FREE_PORTS)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("\nTo be")
-    assert len(done.stdout) > len("\nTo be\n")
-    assert "tokens/s" in done.stderr
-    assert "stage 1 (blocks" in done.stderr
-    assert children_of(tiny_checkpoint) == []
-
-
-def test_a_plan_file_decides_the_stages(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    file = tmp_path / "plan.yaml"
-    planned = run("plan", str(tiny_checkpoint), "--stages", "3", "-o", str(file))
-    assert planned.returncode == 0, planned.stderr
-    done = run("up", "--plan", str(file), "--prompt", "To be", "--exit", *FREE_PORTS)
-    assert done.returncode == 0, done.stderr
-    assert "stage 2 (blocks" in done.stderr
-
-
-def test_files_in_the_current_folder_do_not_stand_in_for_packages(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    for module in ("torch", "kserve", "functions"):
-        (tmp_path / f"{module}.py").write_text("raise SystemExit('the wrong file was imported')")
-    with serving(tiny_checkpoint, cwd=tmp_path) as running:
-        assert complete(running.facts).status_code == 200
-
-
-WRONG = {
-    "neither_stages_nor_plan": (["MODEL"], "--stages N or --plan FILE"),
-    "no_model": (["--stages", "2"], "name a MODEL"),
-    "more_stages_than_blocks": (["MODEL", "--stages", "9"], "4 blocks"),
-    "exit_without_prompt": (["MODEL", "--stages", "2", "--exit"], "--prompt"),
-    "plan_that_is_not_there": (["--plan", "no-plan.yaml"], "no-plan.yaml"),
-    "unreadable_size": (["MODEL", "--stages", "2", "--kv-memory", "lots"], "--kv-memory"),
-    "dtype_unknown": (["MODEL", "--stages", "2", "--dtype", "int3"], "float32"),
-    "port_out_of_range": (["MODEL", "--stages", "2", "--port", "70000"], "65535"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_exit_2_and_say_what_is_allowed(case: str, tiny_checkpoint: Path) -> None:
-    arguments, expected = WRONG[case]
-    done = run("up", *(str(tiny_checkpoint) if word == "MODEL" else word for word in arguments))
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_model_that_does_not_exist_is_named() -> None:
-    done = run("up", "./no/such/folder", "--stages", "2")
-    assert done.returncode == 1
-    assert "no/such/folder" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_log_folder_that_cannot_be_made_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    done = run("up", str(tiny_checkpoint), "--stages", "2", "--log-dir", str(file / "logs"), *FREE_PORTS)
-    assert done.returncode == 1
-    assert str(file / "logs") in done.stderr
-    assert "--log-dir" in done.stderr
-    assert children_of(tiny_checkpoint) == []
-
-
-def test_a_log_folder_without_room_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    line = argv("up", str(tiny_checkpoint), "--stages", "2", "--log-dir", str(tmp_path), *FREE_PORTS)
-    limited = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", *line]  # no file may grow, as on a full disk
-    done = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT, env=ENV, check=False)
-    assert done.returncode == 1
-    assert f"cannot write logs to {tmp_path}" in done.stderr
-    assert children_of(tiny_checkpoint) == []
-
-
-def test_a_taken_grpc_port_is_named_with_the_option(tiny_checkpoint: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = run("up", str(tiny_checkpoint), "--stages", "2", "--port", "0", "--grpc-port", port)
-    assert done.returncode == 2
-    assert f"port {port} " in done.stderr
-    assert "--grpc-port" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert children_of(tiny_checkpoint) == []
-
-
-def test_the_curl_line_of_the_banner_works(tiny_checkpoint: Path) -> None:
-    line = argv("up", str(tiny_checkpoint), "--stages", "2", "--threads", "1", *FREE_PORTS)
-    # standard error to no one: a pipe that nobody reads could fill up
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT, "env": ENV}
-    with subprocess.Popen(line, **options) as process:
+def test_a_prompt_is_answered_before_the_banner_whose_curl_line_works(
+    tiny_checkpoint: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    line = argv(tiny_checkpoint, "--name", "tiny", "--stages", 2, "--threads", 1, "--prompt", "To be", "--log-dir", tmp_path)
+    errors = tmp_path / "stderr"
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, env=environment) as process,
+    ):
         assert process.stdout is not None
         try:
-            banner = read_until(process.stdout, "  stagecraft generate ")
-            (curl,) = (text for text in banner if text.startswith("  curl "))
+            printed = read_until(process.stdout, "  stagecraft generate ")
+            (curl,) = (text for text in printed if text.startswith("  curl "))
             asked = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=False)
-            process.send_signal(signal.SIGINT)
-            code = process.wait()
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(WAIT_S)
         finally:
             process.kill()
-    assert asked.returncode == 0, asked.stderr
+    assert (asked.returncode, code) == (0, 0), asked.stderr
     assert json.loads(asked.stdout)["choices"][0]["text"]
-    assert code == 0
-    assert children_of(tiny_checkpoint) == []
+    text = "".join(printed)
+    assert text.startswith("\nTo be")
+    assert "\ntiny is served in 2 stages, from zero with the first request" in text
+    told = errors.read_text()
+    for row in ("stage 0 (blocks 0:3)", "stage 1 (blocks 3:4)", "orchestrator (endpoints)"):
+        states = [line.removeprefix(row).split()[0] for line in told.splitlines() if line.startswith(row)]
+        assert states == ["starting", "ready"]
+    assert "tokens/s" in told
 
 
 def read_until(stream: IO[str], start: str) -> list[str]:
@@ -283,31 +199,173 @@ def read_until(stream: IO[str], start: str) -> list[str]:
     pytest.fail(f"no line starts with {start!r}: {lines}")
 
 
-@pytest.mark.parametrize("tensor", ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(
-    tiny_checkpoint: Path, tmp_path: Path, tensor: str
-) -> None:
+@pytest.fixture
+def holed(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose last stage lacks a tensor."""
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "holed"))
     weights = load_file(checkpoint / "model.safetensors")
-    del weights[tensor]
+    del weights["model.norm.weight"]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    done = run("up", str(checkpoint), "--stages", "2", "--log-dir", str(tmp_path), *FREE_PORTS)
+    return checkpoint
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(
+    run: Callable[..., Any], holed: Path, tmp_path: Path
+) -> None:
+    done = run(holed, "--stages", 2, "--prompt", "To be", "--exit", "--log-dir", tmp_path / "logs")
     assert done.returncode == 1
-    assert tensor in done.stderr
+    assert "model.norm.weight" in done.stderr
     assert "Traceback" not in done.stderr
-    assert children_of(checkpoint) == []
 
 
-def test_a_plan_whose_stages_overlap_is_refused_with_its_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_stage_that_cannot_start_is_told_with_its_reason_and_its_log(
+    run: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--device", "cuda:99", "--prompt", "To be", "--exit", "--log-dir", tmp_path)
+    done = run(tiny_checkpoint, "--name", "tiny", "--stages", 1, *options)
+    assert done.returncode == 1
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: tiny-stage-0 cannot start: ended with exit code ")
+    assert "cuda" in error
+    assert error.endswith(f"(its log is in {tmp_path / 'logs'})")
+    assert "Traceback" not in done.stderr
+    logs = list((tmp_path / "logs").glob("tiny-stage-0-*/*.log"))
+    assert any("cuda" in log.read_text() for log in logs)
+
+
+def test_a_stage_that_cannot_start_is_a_warning_while_serving(serving: Callable[..., Any]) -> None:
+    with serving("--device", "cuda:99", "--stages", 1) as running:
+        answer = complete(running.facts)
+        warning = running.process.stderr.readline()
+        code, _ = running.end(signal.SIGTERM)
+    assert warning.startswith("warning: tiny-stage-0 cannot start: ended with exit code ")
+    assert answer.status_code == 503, answer.text
+    assert code == 0
+
+
+def test_two_on_one_machine_get_along(serving: Callable[..., Any]) -> None:
+    with serving() as one, serving() as two:
+        assert one.facts["url"] != two.facts["url"]
+        assert {one.facts["platform"], two.facts["platform"]} == {"tiny", "tiny-2"}
+        assert one.end(signal.SIGTERM) == (0, "")
+        assert httpx.get(two.facts["platform_metrics"]).status_code == 200
+        assert two.end(signal.SIGTERM) == (0, "")
+
+
+def test_a_name_that_another_takes_meanwhile_is_avoided(
+    tiny_checkpoint: Path, environment: dict[str, str]
+) -> None:
+    line = [*argv(tiny_checkpoint, "--stages", 1, "--threads", 1), "--json"]
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    processes = [subprocess.Popen(line, env=environment, **options) for _ in range(3)]
+    try:
+        names = {json.loads(process.stdout.readline())["platform"] for process in processes}
+        for process in processes:
+            process.terminate()
+        ends = [(process.communicate(timeout=WAIT_S)[1], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert len(names) == 3
+    assert ends == [("", 0)] * 3
+
+
+def test_a_plan_file_decides_the_stages(
+    serving: Callable[..., Any], stagecraft: Stagecraft, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "plan.yaml"
-    planned = run("plan", str(tiny_checkpoint), "--stages", "2", "-o", str(file))
-    assert planned.returncode == 0, planned.stderr
+    planned = stagecraft("plan", tiny_checkpoint, "--stages", 3, "-o", file)
+    assert planned.code == 0, planned.err
+    with serving("--plan", file) as running:
+        assert len(running.facts["stages"]) == 3
+        running.end(signal.SIGTERM)
+
+
+def test_a_log_folder_can_be_used_again_for_other_stages(serving: Callable[..., Any], tmp_path: Path) -> None:
+    for stages in (3, 2):
+        with serving("--stages", stages, "--log-dir", tmp_path) as running:
+            services = httpx.get(running.facts["platform_metrics"]).text
+            assert running.end(signal.SIGTERM) == (0, "")
+        assert ('kn_service_name="tiny-stage-1"' in services, 'kn_service_name="tiny-stage-2"' in services) == (
+            True, stages == 3,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("option", ["--port", "--grpc-port", "--metrics-port"])
+def test_a_taken_port_is_named_with_the_option(run: Callable[..., Any], tiny_checkpoint: Path, option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run(tiny_checkpoint, "--stages", 2, after=(option, str(port)))
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}: Address already in use" in done.stderr
+    assert option in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_log_folder_without_room_is_named(run: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    limited = ("bash", "-c", 'ulimit -f 0; exec "$@"', "bash")  # no file may grow, as on a full disk
+    done = run(tiny_checkpoint, "--stages", 2, "--log-dir", tmp_path, before=limited)
+    assert done.returncode == 1
+    assert f"cannot write logs to {tmp_path}" in done.stderr
+
+
+WRONG = {
+    "neither_stages_nor_plan": (["MODEL"], "--stages N or --plan FILE"),
+    "no_model": (["--stages", "2"], "name a MODEL"),
+    "more_stages_than_blocks": (["MODEL", "--stages", "9"], "4 blocks"),
+    "exit_without_prompt": (["MODEL", "--stages", "2", "--exit"], "--prompt"),
+    "plan_that_is_not_there": (["--plan", "no-plan.yaml"], "no-plan.yaml"),
+    "unreadable_size": (["MODEL", "--stages", "2", "--kv-memory", "lots"], "--kv-memory"),
+    "dtype_unknown": (["MODEL", "--stages", "2", "--dtype", "int3"], "float32"),
+    "port_out_of_range": (["MODEL", "--stages", "2", "--port", "70000"], "65535"),
+    "window_too_short": (["MODEL", "--stages", "2", "--window", "1s"], "whole seconds from 6s to 1h"),
+    "grace_unreadable": (["MODEL", "--stages", "2", "--grace", "soon"], "is no duration such as 500ms"),
+    "max_below_min": (["MODEL", "--stages", "2", "--min-scale", "3", "--max-scale", "2"], "is below --min-scale 3"),
+    "target_of_nothing": (["MODEL", "--stages", "2", "--target", "0"], "0.01"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_exit_2_and_say_what_is_allowed(
+    case: str, stagecraft: Stagecraft, tiny_checkpoint: Path
+) -> None:
+    arguments, expected = WRONG[case]
+    done = stagecraft("up", *(tiny_checkpoint if word == "MODEL" else word for word in arguments))
+    assert done.code == 2, done.err
+    assert expected in done.err
+
+
+def test_a_grace_of_nothing_is_refused_before_anything_starts(stagecraft: Stagecraft, tiny_checkpoint: Path) -> None:
+    done = stagecraft("up", tiny_checkpoint, "--stages", 2, "--grace", "0s")
+    assert done.code == 2, done.err
+    assert "--grace" in done.err
+
+
+def test_a_model_that_does_not_exist_is_named(stagecraft: Stagecraft) -> None:
+    done = stagecraft("up", "./no/such/folder", "--stages", 2)
+    assert (done.code, "no/such/folder" in done.err) == (1, True)
+
+
+def test_a_log_folder_that_cannot_be_made_is_named(
+    stagecraft: Stagecraft, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = stagecraft("up", tiny_checkpoint, "--stages", 2, "--log-dir", tmp_path / "file" / "logs")
+    assert done.code == 1
+    assert str(tmp_path / "file" / "logs") in done.err
+    assert "--log-dir" in done.err
+
+
+def test_a_plan_whose_stages_overlap_is_refused_with_its_line(
+    stagecraft: Stagecraft, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.yaml"
+    planned = stagecraft("plan", tiny_checkpoint, "--stages", 2, "-o", file)
+    assert planned.code == 0, planned.err
     lines = file.read_text().splitlines()
     first, second = (number for number, line in enumerate(lines) if line.startswith("  - blocks:"))
     lines[first], lines[second] = '  - blocks: "0:2"', '  - blocks: "1:4"'
     file.write_text("\n".join(lines) + "\n")
-    done = run("up", "--plan", str(file), *FREE_PORTS)
-    assert done.returncode == 2
-    assert f"{file}:{second + 1}: stages 0 and 1 overlap: block 1" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert children_of(tiny_checkpoint) == []
+    done = stagecraft("up", "--plan", file)
+    assert done.code == 2
+    assert f"{file}:{second + 1}: stages 0 and 1 overlap: block 1" in done.err
