@@ -42,7 +42,7 @@ class Command:
 BUILTIN: Mapping[str, Command] = {
     "stagecraft/stage": Command(
         module="functions",
-        preload=("functions.server", "functions.runner", "functions.service"),
+        preload=("functions.preload",),
         env={"HOST": "127.0.0.1", "STAGE_REPLICA": "$(POD_ADDRESS)"},
     ),
     "stagecraft/orchestrator": Command(

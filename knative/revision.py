@@ -166,11 +166,11 @@ class Revision:
         """A ready replica for a connection that is no HTTP/1.1, woken if need be. Raises Unavailable."""
         started_s = self._node.clock()
         while not self.ready_replicas:
+            self.wake()  # first: a new replica may do what the last one could not
             if self._closed or self.failing:
                 raise Unavailable(self.failure or f"{self.id.service} has been deleted")
             if self._node.clock() - started_s > self.template.response_start_timeout_s:
                 raise Unavailable(f"no replica of {self.id.name} became ready in time")
-            self.wake()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._some_ready.wait(), 1.0)
         fewest = min(replica.proxy.in_flight for replica in self.ready_replicas)
@@ -184,7 +184,7 @@ class Revision:
     @property
     def _asleep(self) -> bool:
         """Nothing runs, or is about to, that could take a request."""
-        return not self._starting and not self._living
+        return not self._closed and not self._starting and not self._living
 
     def tick(self) -> None:
         """Once a second, on the whole second. In a cluster this is the scraping of the pods (collector.go)."""
@@ -322,7 +322,8 @@ class Revision:
         if self._command is None:
             return  # `failure` says why
         self._starting += 1
-        self.activator.refuse("")  # of what crashed before
+        self.failure = ""  # of what crashed before
+        self.activator.refuse("")
         self._spawn(self._run_replica(self._command))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,10 +59,13 @@ def demo_url(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     argv = [sys.executable, "-m", "orchestrator.cli", "up", "demo", "--stages", "2", "--threads", "1", "--json"]
     argv += ["--port", "0", "--grpc-port", "0", "--log-dir", str(logs)]
     errors = logs / "up.log"
+    # a runtime folder of its own, short enough for a socket: `status` of other tests must not find this platform
+    runtime = tempfile.TemporaryDirectory(prefix="sc-")
+    env = {**os.environ, "STAGECRAFT_RUNTIME_DIR": runtime.name}
     with errors.open("wb") as stderr:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, cwd=root, env=os.environ)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, cwd=root, env=env)
     assert process.stdout is not None
-    with process.stdout as stdout:
+    with runtime, process.stdout as stdout:
         line = stdout.readline()
         assert line, f"`up demo` did not start:\n{errors.read_text()}"
         yield json.loads(line)["url"]

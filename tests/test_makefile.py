@@ -27,6 +27,7 @@ def make(root: Path, bin_folder: Path, *arguments: str) -> subprocess.CompletedP
     stamp = str(bin_folder / "stagecraft")
     argv = ["make", *arguments, f"BIN={bin_folder}", f"STAMP={stamp}", "-o", stamp]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    env["STAGECRAFT_RUNTIME_DIR"] = str(bin_folder)
     return subprocess.run(argv, capture_output=True, text=True, cwd=root, env=env, check=False)
 
 

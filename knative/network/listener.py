@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable
 
 from aiohttp import hdrs, web
+from aiohttp.http import HttpProcessingError
 
 from knative.errors import Unavailable
 
@@ -16,6 +17,15 @@ _BACKLOG = 1024  # connections; a burst at zero comes all at once
 _CLOSE_S = 0.5  # for running exchanges to send the end of their answer
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """aiohttp tells of every malformed request with a trace; whoever sent it has had its 400."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_LOG = logging.getLogger(__name__)
+_LOG.addFilter(_worth_telling)
 
 
 class Listener:
@@ -33,7 +43,7 @@ class Listener:
             self._handle,
             handler_cancellation=True,
             access_log=None,
-            logger=_silent(),
+            logger=_LOG,
             auto_decompress=False,
             max_line_size=HEADER_BYTES_MAX,
             max_field_size=HEADER_BYTES_MAX,
@@ -60,14 +70,6 @@ class Listener:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         refused = _refusal(request)
         return await self._handler(request) if refused is None else refused
-
-
-def _silent() -> logging.Logger:
-    """aiohttp tells of every malformed request with a trace; whoever sent it has had its 400."""
-    logger = logging.getLogger("knative.network.listener")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
-    return logger
 
 
 def _bind(host: str, port: int) -> socket.socket:

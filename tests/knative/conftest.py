@@ -165,7 +165,10 @@ def _service(
         container["resources"] = {"limits": limits}
     if command:
         container["command"] = command
-    template: dict[str, Any] = {"metadata": {"annotations": scaling}, "spec": {"containers": [container], **(spec or {})}}
+    template: dict[str, Any] = {
+        "metadata": {"annotations": scaling},
+        "spec": {"containers": [container], **(spec or {})},
+    }
     if revision:
         template["metadata"]["name"] = revision
     return {

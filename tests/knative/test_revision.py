@@ -169,6 +169,7 @@ async def test_traffic_to_a_revision_that_does_not_exist_is_told(start: Start, s
     host, _, port = cluster.platform.grpc.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     assert await reader.read() == b""
     writer.close()
     assert any(one["event"] == "tunnel_failed" for one in cluster.events)

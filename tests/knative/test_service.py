@@ -102,9 +102,7 @@ async def test_traffic_is_split_by_percent_and_reached_by_tag(start: Start, serv
                 assert (await answer.json(content_type=None))["text"] == text
 
 
-async def test_a_revision_that_gets_its_traffic_back_serves_again(
-    start: Start, service: Service, until: Until
-) -> None:
+async def test_a_revision_that_gets_its_traffic_back_serves_again(start: Start, service: Service, until: Until) -> None:
     cluster = await start(clock=True)
     await cluster.apply(service("back", revision="back-one", TEXT="one"))
     await until(cluster.ready("back"))

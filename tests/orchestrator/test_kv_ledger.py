@@ -111,3 +111,38 @@ def test_the_longest_sequence_is_what_the_smallest_stage_holds() -> None:
     assert ledger.largest == 100
     ledger.resize(1, "b")
     assert ledger.largest == 70
+
+
+def test_what_a_replica_said_before_it_went_does_not_bind_its_successor() -> None:
+    ledger = ledger_of(100_000)
+    ledger.promise([None, None], 1000)
+    for stage in range(STAGES):
+        ledger.move(stage, None, "a", 1000)
+        ledger.full(stage, "a")  # held by others
+    ledger.free(["a", "a"], 1000)  # and then "a" is scaled away, which nobody tells
+    for stage in range(STAGES):
+        ledger.learn(stage, "b", 100_000, 100_000)
+        ledger.resize(stage, "b")
+        ledger.move(stage, None, "b", 0)
+    ledger.promise(["b", "b"], 600)
+    assert ledger.fits([None, None], 600)
+
+
+@given(STEPS)
+def test_replicas_that_hold_nothing_any_more_are_forgotten(steps: list[Any]) -> None:
+    lanes = Lanes(ledger_of(100))
+    for step in steps:
+        lanes.do(*step)
+    for home in lanes.homes:
+        for stage, replica in enumerate(home):
+            if replica is not None and lanes.held(stage, replica):
+                lanes.ledger.full(stage, replica)
+    for lane in range(4):
+        while lanes.tokens[lane]:
+            lanes.do("leave", lane, 0, 0)
+    for stage in range(STAGES):
+        lanes.ledger.learn(stage, "z", 100, 100)
+        lanes.ledger.resize(stage, "z")
+    lanes.ledger.promise(["z", "z"], 60)
+    assert lanes.ledger.fits([None, None], 40)
+    assert not any(lanes.ledger.known(stage, replica) for stage in range(STAGES) for replica in ("b", "c"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,7 +35,7 @@ def wire(frame: Frame) -> bytes:
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     ends = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(ends)]
 
 
 @given(frames=FRAMES, places=st.lists(st.integers(0, 10_000), max_size=30), skip=st.sampled_from([0, PREFACE_BYTES]))
@@ -239,8 +240,30 @@ async def test_a_replica_that_cannot_be_had_closes_the_connection_only(tunnel: C
     host, _, port = way.address.rpartition(":")
     for _ in range(2):
         reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(PREFACE)
         assert await reader.read() == b""
         writer.close()
+
+
+async def test_a_connection_that_says_nothing_asks_for_no_replica(tunnel: Callable[..., Any]) -> None:
+    asked = 0
+
+    @asynccontextmanager
+    async def connect() -> AsyncIterator[Replica]:
+        nonlocal asked
+        asked += 1
+        raise Unavailable("nobody is there")
+        yield
+
+    way = await tunnel(connect)
+    host, _, port = way.address.rpartition(":")
+    for said in (b"", PREFACE[:-1]):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(said)
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+    assert asked == 0
 
 
 async def test_a_taken_port_is_named(tunnel: Callable[..., Any]) -> None:

@@ -88,7 +88,8 @@ def test_each_of_the_three_settings_is_read() -> None:
 
 
 def test_bad_settings_point_at_their_key() -> None:
-    text = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: config-autoscaler}\ndata:\n  a: b\n  stable-window: 1s\n"
+    where = "metadata: {name: config-autoscaler, namespace: knative-serving}"
+    text = f"apiVersion: v1\nkind: ConfigMap\n{where}\ndata:\n  a: b\n  stable-window: 1s\n"
     (found,) = problems(text)
     assert found.startswith("f.yaml:6: stable-window = 1s, must be in [6s; 1h0m0s] range")
 
@@ -98,6 +99,12 @@ def test_a_misspelt_setting_is_warned_of() -> None:
     assert result.warnings == (
         'f.yaml:1: Knative knows no setting "revision-timeout": it has no effect: data.revision-timeout',
     )
+
+
+def test_settings_in_a_namespace_that_knative_does_not_read_are_warned_of() -> None:
+    result = parsed(config_map("config-autoscaler", {"stable-window": "6s"}, "default"))
+    assert result.settings.autoscaler.stable_window_s == 60
+    assert "has no effect in namespace default" in result.warnings[0]
 
 
 def test_other_config_maps_are_kept_and_do_nothing() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -104,49 +106,95 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
     return run
 
 
+@dataclass
+class Shown(Running):
+    """One whose standard output is for people."""
+
+    text: str = ""
+    errors: Path = Path()
+
+    def line(self, start: str) -> str:
+        """What follows on the line that starts so."""
+        (line,) = (line for line in self.text.splitlines() if line.startswith(start))
+        return line.removeprefix(start).strip()
+
+
 @pytest.fixture(scope="module")
-def bard(serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One that answers, started in a folder whose files have the names of packages."""
+def bard(
+    tiny_checkpoint: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shown]:
+    """One that has answered a prompt, started in a folder whose files have the names of packages."""
     folder = tmp_path_factory.mktemp("cwd")
     for module in ("torch", "kserve", "functions", "knative"):
         (folder / f"{module}.py").write_text("raise SystemExit('the wrong file was imported')")
-    with serving("--name", "bard", cwd=folder) as running:
-        yield running
+    line = argv(tiny_checkpoint, "--name", "bard", "--stages", 2, "--threads", 1, "--prompt", "To be")
+    errors = folder / "stderr"
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=folder, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            text = read_until(process.stdout, "  stagecraft generate ")
+            assert text, errors.read_text()
+            yield Shown(process, {}, [], text, errors)
+        finally:
+            process.kill()
 
 
-def complete(facts: dict[str, Any], **options: Any) -> httpx.Response:
-    body = {"model": facts["model"], "prompt": "To be", "max_tokens": 5, "temperature": 0, **options}
-    return httpx.post(f"{facts['openai']}/completions", json=body, timeout=WAIT_S)
+def read_until(stream: IO[str], start: str) -> str:
+    """All up to the end of the line that starts so; "" if there is none."""
+    lines: list[str] = []
+    for line in stream:
+        lines.append(line)
+        if line.startswith(start):
+            return "".join(lines)
+    return ""
 
 
-def test_the_urls_it_prints_answer(bard: Running) -> None:
-    facts = bard.facts
-    answer = complete(facts)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] == 5
-    v1 = httpx.post(facts["v1"], json={"instances": ["To be"]}, timeout=WAIT_S)
+def test_a_prompt_is_answered_before_the_banner(bard: Shown) -> None:
+    answer, _, banner = bard.text.partition("\nbard is served in 2 stages, from zero with the first request")
+    assert answer.startswith("\nTo be")
+    assert len(answer) > len("\nTo be\n")
+    assert "Ctrl-C" in banner
+
+
+def test_what_wakes_for_a_prompt_is_shown_with_its_states(bard: Shown) -> None:
+    told = bard.errors.read_text()
+    for row in ("stage 0 (blocks 0:3)", "stage 1 (blocks 3:4)", "orchestrator (endpoints)"):
+        states = [line.removeprefix(row).split()[0] for line in told.splitlines() if line.startswith(row)]
+        assert states == ["starting", "ready"]
+    assert "tokens/s" in told
+
+
+def test_the_addresses_and_commands_of_the_banner_work(bard: Shown) -> None:
+    asked_for = "curl " + bard.line("  curl")
+    asked = subprocess.run(["bash", "-c", asked_for], capture_output=True, text=True, check=False)
+    assert json.loads(asked.stdout)["choices"][0]["text"], asked.stderr
+    v1 = httpx.post(bard.line("  V1"), json={"instances": ["To be"]}, timeout=WAIT_S)
     assert v1.status_code == 200, v1.text
-    assert "stagecraft_" in httpx.get(facts["metrics"]).text
-    assert 'kn_service_name="bard-stage-1"' in httpx.get(facts["platform_metrics"]).text
-    assert [stage["blocks"] for stage in facts["stages"]] == ["0:3", "3:4"]
-    for stage in facts["stages"]:
-        assert httpx.get(f"{stage['url']}/readyz").status_code == 200
-    host, port = facts["grpc"].rsplit(":", 1)
+    assert 'kn_service_name="bard-stage-1"' in httpx.get(bard.line("  metrics")).text
+    host, port = bard.line("  gRPC").rsplit(":", 1)
     socket.create_connection((host, int(port))).close()
 
 
-def test_the_other_commands_find_it(bard: Running, stagecraft: Stagecraft) -> None:
-    shown = json.loads(stagecraft("status", "--json", "--platform", bard.facts["platform"]).out)
+def test_the_other_commands_find_it(bard: Shown, stagecraft: Stagecraft) -> None:
+    assert bard.line("  watch") == "stagecraft top --platform bard"
+    shown = json.loads(stagecraft("status", "--json", "--platform", "bard").out)
     assert {one["service"] for one in shown["revisions"]} == {"bard", "bard-stage-0", "bard-stage-1"}
     assert shown["platform"]["pid"] == bard.process.pid
 
 
-def test_a_ctrl_c_ends_it_with_0_and_nothing_is_left(bard: Running) -> None:
-    assert complete(bard.facts).status_code == 200
-    code, errors = bard.end(signal.SIGINT)
-    assert (code, errors) == (0, "")
+def test_ctrl_c_ends_it_with_0_and_nothing_is_left(bard: Shown) -> None:
+    folder = Path(bard.line("  files").split()[0])
+    assert (folder / "platform.log").exists()
+    code, _ = bard.end(signal.SIGINT)
+    assert code == 0
+    assert "Traceback" not in bard.errors.read_text()
     assert bard.is_alone()
-    assert not Path(bard.facts["log_dir"]).exists()
+    assert not folder.exists()
 
 
 def test_kill_9_takes_all_processes_along(serving: Callable[..., Any]) -> None:
@@ -159,46 +207,6 @@ def test_kill_9_takes_all_processes_along(serving: Callable[..., Any]) -> None:
     shutil.rmtree(running.facts["log_dir"])
 
 
-def test_a_prompt_is_answered_before_the_banner_whose_curl_line_works(
-    tiny_checkpoint: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
-    line = argv(tiny_checkpoint, "--name", "tiny", "--stages", 2, "--threads", 1, "--prompt", "To be", "--log-dir", tmp_path)
-    errors = tmp_path / "stderr"
-    with (
-        errors.open("w") as stderr,
-        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, env=environment) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            printed = read_until(process.stdout, "  stagecraft generate ")
-            (curl,) = (text for text in printed if text.startswith("  curl "))
-            asked = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=False)
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(WAIT_S)
-        finally:
-            process.kill()
-    assert (asked.returncode, code) == (0, 0), asked.stderr
-    assert json.loads(asked.stdout)["choices"][0]["text"]
-    text = "".join(printed)
-    assert text.startswith("\nTo be")
-    assert "\ntiny is served in 2 stages, from zero with the first request" in text
-    told = errors.read_text()
-    for row in ("stage 0 (blocks 0:3)", "stage 1 (blocks 3:4)", "orchestrator (endpoints)"):
-        states = [line.removeprefix(row).split()[0] for line in told.splitlines() if line.startswith(row)]
-        assert states == ["starting", "ready"]
-    assert "tokens/s" in told
-
-
-def read_until(stream: IO[str], start: str) -> list[str]:
-    """The lines up to the one that starts so, which comes last."""
-    lines: list[str] = []
-    for line in stream:
-        lines.append(line)
-        if line.startswith(start):
-            return lines
-    pytest.fail(f"no line starts with {start!r}: {lines}")
-
-
 @pytest.fixture
 def holed(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A checkpoint whose last stage lacks a tensor."""
@@ -209,86 +217,59 @@ def holed(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return checkpoint
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(
+def test_a_stage_that_cannot_start_is_told_with_its_reason_and_its_log(
     run: Callable[..., Any], holed: Path, tmp_path: Path
 ) -> None:
-    done = run(holed, "--stages", 2, "--prompt", "To be", "--exit", "--log-dir", tmp_path / "logs")
-    assert done.returncode == 1
-    assert "model.norm.weight" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_stage_that_cannot_start_is_told_with_its_reason_and_its_log(
-    run: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    options = ("--device", "cuda:99", "--prompt", "To be", "--exit", "--log-dir", tmp_path)
-    done = run(tiny_checkpoint, "--name", "tiny", "--stages", 1, *options)
+    options = ("--stages", 2, "--prompt", "To be", "--exit", "--log-dir", tmp_path)
+    done = run(holed, *options)
     assert done.returncode == 1
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert error.startswith("error: tiny-stage-0 cannot start: ended with exit code ")
-    assert "cuda" in error
+    assert re.match(r"error: holed-stage-[01] cannot start: ended with exit code 1, last printed: ", error)
+    assert "model.norm.weight" in error
     assert error.endswith(f"(its log is in {tmp_path / 'logs'})")
     assert "Traceback" not in done.stderr
-    logs = list((tmp_path / "logs").glob("tiny-stage-0-*/*.log"))
-    assert any("cuda" in log.read_text() for log in logs)
+    assert any("model.norm.weight" in log.read_text() for log in (tmp_path / "logs").glob("holed-stage-*/*.log"))
 
 
 def test_a_stage_that_cannot_start_is_a_warning_while_serving(serving: Callable[..., Any]) -> None:
     with serving("--device", "cuda:99", "--stages", 1) as running:
-        answer = complete(running.facts)
+        # somebody asks: without that nothing starts
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.get(running.facts["metrics"], timeout=0.5)
         warning = running.process.stderr.readline()
-        code, _ = running.end(signal.SIGTERM)
+        code, errors = running.end(signal.SIGTERM)
     assert warning.startswith("warning: tiny-stage-0 cannot start: ended with exit code ")
-    assert answer.status_code == 503, answer.text
-    assert code == 0
+    assert "cuda:99" in warning
+    assert (code, "Traceback" in errors) == (0, False)
+    assert running.is_alone()
 
 
-def test_two_on_one_machine_get_along(serving: Callable[..., Any]) -> None:
-    with serving() as one, serving() as two:
-        assert one.facts["url"] != two.facts["url"]
+def test_two_that_start_at_the_same_moment_get_along(tiny_checkpoint: Path, environment: dict[str, str]) -> None:
+    line = [*argv(tiny_checkpoint, "--name", "tiny", "--stages", 1, "--threads", 1), "--json"]
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    processes = [subprocess.Popen(line, env=environment, **options) for _ in range(2)]
+    try:
+        one, two = (Running(process, json.loads(process.stdout.readline())) for process in processes)
         assert {one.facts["platform"], two.facts["platform"]} == {"tiny", "tiny-2"}
         assert one.end(signal.SIGTERM) == (0, "")
         assert httpx.get(two.facts["platform_metrics"]).status_code == 200
         assert two.end(signal.SIGTERM) == (0, "")
-
-
-def test_a_name_that_another_takes_meanwhile_is_avoided(
-    tiny_checkpoint: Path, environment: dict[str, str]
-) -> None:
-    line = [*argv(tiny_checkpoint, "--stages", 1, "--threads", 1), "--json"]
-    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    processes = [subprocess.Popen(line, env=environment, **options) for _ in range(3)]
-    try:
-        names = {json.loads(process.stdout.readline())["platform"] for process in processes}
-        for process in processes:
-            process.terminate()
-        ends = [(process.communicate(timeout=WAIT_S)[1], process.returncode) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert len(names) == 3
-    assert ends == [("", 0)] * 3
 
 
-def test_a_plan_file_decides_the_stages(
+def test_a_plan_file_decides_the_stages_whatever_the_log_folder_holds(
     serving: Callable[..., Any], stagecraft: Stagecraft, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "plan.yaml"
-    planned = stagecraft("plan", tiny_checkpoint, "--stages", 3, "-o", file)
+    planned = stagecraft("plan", tiny_checkpoint, "--stages", 3, "--name", "tiny", "-o", file)
     assert planned.code == 0, planned.err
-    with serving("--plan", file) as running:
-        assert len(running.facts["stages"]) == 3
-        running.end(signal.SIGTERM)
-
-
-def test_a_log_folder_can_be_used_again_for_other_stages(serving: Callable[..., Any], tmp_path: Path) -> None:
-    for stages in (3, 2):
-        with serving("--stages", stages, "--log-dir", tmp_path) as running:
-            services = httpx.get(running.facts["platform_metrics"]).text
-            assert running.end(signal.SIGTERM) == (0, "")
-        assert ('kn_service_name="tiny-stage-1"' in services, 'kn_service_name="tiny-stage-2"' in services) == (
-            True, stages == 3,
-        )  # fmt: skip
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "03-tiny.yaml").write_text("the orchestrator of a run in two stages")
+    with serving("--plan", file, "--log-dir", tmp_path) as running:
+        assert [stage["service"] for stage in running.facts["stages"]] == [f"tiny-stage-{index}" for index in range(3)]
+        assert running.end(signal.SIGTERM) == (0, "")
 
 
 @pytest.mark.parametrize("option", ["--port", "--grpc-port", "--metrics-port"])
