@@ -31,7 +31,7 @@ _GAUGES = (
     ("kn_revision_capacity_excess", "Excess burst capacity", "excess_burst_capacity"),
     ("kn_revision_panic_mode", "1 while the autoscaler is in panic mode", "panic_mode"),
     ("kn_revision_request_concurrency", "Requests at the activator", "at_activator"),
-    ("kn_serving_queue_depth", "Requests in the queue-proxies of the revision", "queued"),
+    ("kn_serving_queue_depth", "Requests in the queue-proxies of the revision", "in_flight"),
 )
 
 

@@ -10,7 +10,6 @@ Replicas are children of this process and end with it, whatever ends it (`knativ
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from knative.service import ServiceController
 
 log = structlog.get_logger()
 
+_VISIBILITY = "networking.knative.dev/visibility"
 _GRACE_S = 5.0  # for running answers, when the platform ends
 _LOOK_EVERY_S = 0.05
 _LATE_S = 0.002
@@ -140,14 +140,16 @@ class Platform:
         finally:  # when cancelled once more, without grace, but whole
             ending = asyncio.create_task(self._end_all())
             while not ending.done():
-                with contextlib.suppress(asyncio.CancelledError):
+                try:
                     await asyncio.shield(ending)
+                except asyncio.CancelledError:  # once more
+                    self._kubelet.kill()
             ending.result()
 
     async def _running_answers(self) -> None:
         """Lets answers end that are on their way, for a while."""
         for _ in range(int(_GRACE_S / _LOOK_EVERY_S)):
-            if not any(revision.in_flight for revision in self._revisions()):
+            if not self.in_flight:
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
 
@@ -183,6 +185,11 @@ class Platform:
     def grpc(self) -> str:
         """HOST:PORT for gRPC clients on this machine, "" when there is none."""
         return _reachable(self._tunnel.address)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are held, or in a replica."""
+        return sum(revision.activator.waiting + revision.in_flight for revision in self._revisions())
 
     @property
     def metrics_url(self) -> str:
@@ -248,7 +255,12 @@ class Platform:
             self._services[key].update(resource)
         else:
             self._services[key] = ServiceController(
-                resource, self._node, self._settings_in_force.autoscaler, changed=self._route, wakes=self._wake_along
+                resource,
+                self._node,
+                self._settings_in_force.autoscaler,
+                changed=self._route,
+                wakes=self._wake_along,
+                refuses=self._refuse_along,
             )
         self._route()
 
@@ -270,9 +282,11 @@ class Platform:
         routes: dict[str, Route] = {}
         for (namespace, name), controller in self._services.items():
             targets = controller.targets()
-            routes[f"{name}.{namespace}"] = Route(tuple((target.percent, revision) for target, revision in targets))
+            local = controller.service.labels.get(_VISIBILITY) == "cluster-local"
+            percents = tuple((target.percent, revision) for target, revision in targets)
+            routes[f"{name}.{namespace}"] = Route(percents, local)
             tagged = {target.tag: revision for target, revision in targets if target.tag}
-            routes |= {f"{tag}-{name}.{namespace}": Route(((100, one),)) for tag, one in tagged.items()}
+            routes |= {f"{tag}-{name}.{namespace}": Route(((100, one),), local) for tag, one in tagged.items()}
         namespace, _, name = self.settings.default_service.partition("/")
         self._ingress.set_routes(routes, routes.get(f"{name}.{namespace}"))
 
@@ -293,9 +307,15 @@ class Platform:
         return web.Response(body=self.metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _wake_along(self, controller: ServiceController) -> None:
-        names = controller.service.annotations.get(WAKES, "")
-        if names:
-            self.wake([name.strip() for name in names.split(",")], controller.service.namespace)
+        self.wake(_wakes(controller.service), controller.service.namespace)
+
+    def _refuse_along(self, controller: ServiceController, reason: str) -> None:
+        """Who waits for a service that waits for this one waits in vain as well."""
+        for other in self._services.values():
+            same = other.service.namespace == controller.service.namespace
+            if same and controller.service.name in _wakes(other.service):
+                for revision in other.revisions:
+                    revision.refuse_along(reason)
 
     def _pod_changed(self, pod: Pod) -> None:
         for revision in self._revisions():
@@ -369,7 +389,8 @@ class Platform:
 
     def _get_config_maps(self) -> Iterator[dict[str, Any]]:
         for _, config_map in sorted(self._config_maps.items()):
-            yield dict(config_map.manifest)
+            metadata = {**_mapping(config_map.manifest.get("metadata")), "creationTimestamp": _rfc3339(self.started)}
+            yield {**config_map.manifest, "metadata": metadata}
 
     def service_url(self, namespace: str, name: str) -> str:
         """By path, which works without DNS."""
@@ -395,6 +416,7 @@ class Platform:
                 "name": self.settings.name,
                 "pid": os.getpid(),
                 "url": self.url,
+                "metrics_url": self.metrics_url,
                 "folder": str(self.settings.folder),
                 "started_at": _rfc3339(self.started),
             },
@@ -415,6 +437,10 @@ def _reachable(address: str) -> str:
     """A wildcard address is for servers; a client on this machine uses loopback."""
     host, _, port = address.rpartition(":")
     return f"{_LOOPBACK.get(host, host)}:{port}" if port else ""
+
+
+def _wakes(service: Service) -> list[str]:
+    return [name.strip() for name in service.annotations.get(WAKES, "").split(",") if name.strip()]
 
 
 def _kind(resource: Resource) -> str:

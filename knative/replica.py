@@ -91,14 +91,14 @@ class Replica:
         if self._stopping is not None:
             await asyncio.wait({self._stopping})
 
-    async def close(self) -> None:
-        """Ends it now."""
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Ends it: SIGTERM, and SIGKILL after `grace_s`, whatever it still has to do."""
         if self._stopping is not None:
             self._stopping.cancel()
             await asyncio.gather(self._stopping, return_exceptions=True)
         self.draining = True
         await self.proxy.close()
-        await self.pod.terminate(0.0)
+        await self.pod.terminate(grace_s)
 
 
 async def start_replica(node: Node, revision: RevisionName, template: RevisionTemplate, command: Command) -> Replica:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+_CLOSE_GRACE_S = 3.0  # from SIGTERM to SIGKILL, when all has to end
+_GONE_LOGS_KEPT = 3
 _RETRY_S = 5.0  # after a replica could not even be started
 _TICK_S = 2  # the autoscaler decides every 2 s (pkg/autoscaler/scaling/multiscaler.go)
 
@@ -62,22 +65,27 @@ class Revision:
         *,
         wakes: Callable[[], None] = lambda: None,
         changed: Callable[[Revision], None] = lambda revision: None,
+        refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.id = name
         self.template = template
         self.replicas: list[Replica] = []
         self.created = datetime.now(UTC)
-        self.failure = ""  # why no replica can be started at all, for people
+        self.failure = ""  # why it cannot serve, for people
+        self.failure_reason = ""  # the same as Knative's word for it
         self.was_ready = False
         self._node = node
         self._config = config
         self._reachable = True
         self._wakes = wakes
         self._changed = changed
+        self._refused = refused
         self._command: Command | None = None
         self._closed = False
         self._starting = 0
         self._retry_at_s = 0.0
+        self._unready_since_s: float | None = None  # replicas have been wanted since then, and none was ready
+        self._gone: deque[Pod] = deque(maxlen=_GONE_LOGS_KEPT)
         self._some_ready = asyncio.Event()
         self._at_activator = 0.0  # mean concurrency in the last second
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,8 +145,8 @@ class Revision:
 
     @property
     def usable(self) -> bool:
-        """It has been ready once, or it need not be: with initial scale 0 it starts with the first request."""
-        return self.was_ready or (self._spec.initial_scale == 0 and not self.failure)
+        """It has had as many ready replicas as min and initial scale ask for, once; with 0 it needs none."""
+        return self._scaler.initialized and (self.was_ready or not self.failure)
 
     @property
     def failing(self) -> bool:
@@ -148,8 +156,8 @@ class Revision:
         """Starts the first replicas, as many as the initial scale says."""
         if self._command is not None and self._command.preload:
             self._spawn(self._node.kubelet.warm(self._command.preload))
-        self.wanted = self._scaler.initial_pods
-        self._scale_to(self.wanted, 0)
+        self.wanted = max(self._spec.min_scale, self._scaler.initial_pods)
+        self._scale_to(self.wanted, 0, "initial scale")
         self._reconcile()
 
     async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -190,16 +198,17 @@ class Revision:
         """Once a second, on the whole second. In a cluster this is the scraping of the pods (collector.go)."""
         now_s = self._node.clock()
         self._record(now_s)
+        self._check_progress(now_s)
         if int(now_s) % _TICK_S == 0:
             self._decide(now_s)
 
     @property
     def in_flight(self) -> int:
-        """Requests held at the activator or in a replica."""
-        return self.activator.waiting + sum(replica.proxy.in_flight for replica in self.replicas)
+        """Requests in the replicas."""
+        return sum(replica.proxy.in_flight for replica in self.replicas)
 
     async def close(self, *, gently: bool = False) -> None:
-        """Ends all replicas, now or once they have answered what they have. What no replica has is refused."""
+        """Ends all replicas, soon or once they have answered what they have. What no replica has is refused."""
         self._closed = True
         self.activator.refuse(f"{self.id.service} is being deleted")
         for task in self._tasks:
@@ -208,7 +217,8 @@ class Revision:
         if gently:
             self._stop_replicas(len(self.replicas))
             await asyncio.gather(*(replica.stopped() for replica in list(self.replicas)))
-        await asyncio.gather(*(replica.close() for replica in list(self.replicas)))
+        grace_s = min(_CLOSE_GRACE_S, self.template.timeout_s)
+        await asyncio.gather(*(replica.close(grace_s) for replica in list(self.replicas)))
         self.replicas.clear()
 
     # -- statistics in, decision out
@@ -256,7 +266,7 @@ class Revision:
         self.scaled = self._scaler.reconcile(self.decision, ready_pods=ready, pods=have, probed=True, now_s=now_s)
         if self.scaled.want is not None:
             self.wanted = self.scaled.want
-            self._scale_to(self.scaled.want, have)
+            self._scale_to(self.scaled.want, have, self.scaled.reason)
         backends = [replica.proxy for replica in self.ready_replicas]
         self.activator.set_backends(backends)
         if backends:
@@ -288,20 +298,17 @@ class Revision:
 
     # -- replicas
 
-    def _scale_to(self, want: int, have: int) -> None:
+    def _scale_to(self, want: int, have: int, reason: str) -> None:
         if want > have:
             if self._node.clock() < self._retry_at_s:
                 return
-            log.info("scale_up", revision=self.id.name, replicas=want, had=have, reason=self._reason())
+            log.info("scale_up", revision=self.id.name, replicas=want, had=have, reason=reason)
             for _ in range(want - have):
                 self._start_replica()
         elif want < have:
-            log.info("scale_down", revision=self.id.name, replicas=want, had=have, reason=self._reason())
+            log.info("scale_down", revision=self.id.name, replicas=want, had=have, reason=reason)
             # those about to exist cannot be stopped yet: the next look does that
             self._stop_replicas(max(0, have - self._starting - want))
-
-    def _reason(self) -> str:
-        return self.scaled.reason if self.scaled is not None else ""
 
     def _stop_replicas(self, count: int) -> None:
         """Those that are not ready go first, then the youngest (as the ReplicaSet controller ranks them)."""
@@ -312,6 +319,7 @@ class Revision:
     def _replica_gone(self, replica: Replica) -> None:
         if replica in self.replicas:
             self.replicas.remove(replica)
+            self._gone.append(replica.pod)
         if replica.port:
             self._node.kubelet.give_back(replica.port)
         log.info("replica_gone", revision=self.id.name, replica=replica.name)
@@ -322,8 +330,8 @@ class Revision:
         if self._command is None:
             return  # `failure` says why
         self._starting += 1
-        self.failure = ""  # of what crashed before
-        self.activator.refuse("")
+        self.failure = self.failure_reason = ""  # of what crashed before
+        self.refuse("")
         self._spawn(self._run_replica(self._command))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -335,7 +343,7 @@ class Revision:
         try:
             self.replicas.append(await start_replica(self._node, self.id, self.template, command))
         except (OSError, ValueError, KnativeError) as error:
-            self.failure = f"cannot start a replica: {error}"
+            self.failure, self.failure_reason = f"cannot start a replica: {error}", "FailedCreate"
             self._retry_at_s = self._node.clock() + _RETRY_S
             log.error("replica_failed", revision=self.id.name, error=str(error))
         finally:
@@ -348,18 +356,47 @@ class Revision:
         if replica is None or replica.draining:
             return
         if pod.phase == "ready":
-            self.was_ready, self.failure = True, ""
-            self.activator.refuse("")
+            self.was_ready, self.failure, self.failure_reason = True, "", ""
+            self.refuse("")
         elif pod.phase == "gone":  # not by us: another takes its place
             self._retry_at_s = self._node.clock() + _RETRY_S
             replica.stop(quiet_s=0.0, grace_s=0.0, gone=self._replica_gone)
         elif pod.phase == "backoff" and self._all_crash:
-            # a cluster lets requests wait until they time out; here somebody sits before the terminal
-            self.failure = pod.message
-            self.activator.refuse(f"{self.id.service} cannot start: {pod.message}")
+            self._fail("ExitCode", pod.message)
         elif pod.phase == "starting":
-            self.activator.refuse("")
+            self.refuse("")
         self._reconcile()
+
+    def refuse(self, reason: str) -> None:
+        """Answers 503 with `reason` to whoever waits or comes, until it is called with "". A cluster would let them
+        wait until they time out; here somebody sits before the terminal."""
+        self.activator.refuse(reason)
+        self._refused(reason)
+
+    def refuse_along(self, reason: str) -> None:
+        """Another service, without which this one cannot become ready, refuses."""
+        if not reason or not self.ready_replicas:
+            self.activator.refuse(reason)
+
+    def _fail(self, reason: str, message: str) -> None:
+        self.failure, self.failure_reason = message, reason
+        self.refuse(f"{self.id.service} cannot start: {message}")
+
+    def _check_progress(self, now_s: float) -> None:
+        """A replica that starts for ever (pkg/deployment, progress deadline)."""
+        if self.ready_replicas or not self._living:
+            self._unready_since_s = None
+            return
+        if self._unready_since_s is None:
+            self._unready_since_s = now_s
+        deadline_s = self._spec.progress_deadline_s
+        if now_s - self._unready_since_s >= deadline_s and not self.failure:
+            self._fail("ProgressDeadlineExceeded", f"no replica became ready within {deadline_s:g} s; {self.waits_for}")
+
+    @property
+    def waits_for(self) -> str:
+        """Why a replica is not ready yet, "" if there is nothing to say."""
+        return next((one.pod.message for one in self._living if not one.ready and one.pod.message), "")
 
     @property
     def _all_crash(self) -> bool:
@@ -372,7 +409,7 @@ class Revision:
         try:
             self._command = self._node.images.resolve(self.template.container)
         except KnativeError as error:
-            self.failure = str(error)
+            self.failure, self.failure_reason = str(error), "ContainerMissing"
             self.activator.refuse(self.failure)
 
     def _make_spec(self) -> ScalerSpec:
@@ -410,10 +447,9 @@ class Revision:
             "waiting": self.activator.waiting,
             "at_activator": self._at_activator,
             "in_flight": self.in_flight,
-            "queued": self.in_flight - self.activator.waiting,
             "min_scale": spec.min_scale,
             "max_scale": spec.max_scale,
-            "message": self.failure,
+            "message": self.failure or self.waits_for,
             "pods": [self._pod_status(replica, now_s) for replica in self.replicas],
         }
 
@@ -422,20 +458,16 @@ class Revision:
         ready = "True" if self.usable and not self.failing else ("False" if self.failing else "Unknown")
         condition = {"type": "Ready", "status": ready}
         if self.failing:
-            condition |= {
-                "reason": "ContainerMissing" if self._command is None else "ExitCode",
-                "message": self.failure,
-            }
+            condition |= {"reason": self.failure_reason, "message": self.failure}
+        elif ready == "Unknown":
+            condition |= {"reason": "Deploying", "message": self.waits_for}
         active = "True" if self.state == "Active" else "False" if self.state == "Inactive" else "Unknown"
         return [condition, {"type": "Active", "status": active}]
 
     def log_files(self) -> list[LogFile]:
-        """What its replicas have printed, those of the oldest first."""
-        return [
-            LogFile(replica.name, int(path.stem), path)
-            for replica in sorted(self.replicas, key=lambda one: one.created_s)
-            for path in replica.pod.logs()
-        ]
+        """What its replicas have printed, the last ones that are gone too; those of the oldest first."""
+        pods = [*self._gone, *(replica.pod for replica in sorted(self.replicas, key=lambda one: one.created_s))]
+        return [LogFile(pod.name, int(path.stem), path) for pod in pods for path in pod.logs()]
 
     @property
     def state(self) -> str:

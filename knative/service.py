@@ -25,7 +25,14 @@ class ServiceController:
     """Owns the revisions of one Service."""
 
     def __init__(
-        self, service: Service, node: Node, config: AutoscalerConfig, *, changed: Callable[[], None], wakes: Wakes
+        self,
+        service: Service,
+        node: Node,
+        config: AutoscalerConfig,
+        *,
+        changed: Callable[[], None],
+        wakes: Wakes,
+        refuses: Refuses,
     ) -> None:
         self.service = service
         self.generation = 0
@@ -35,6 +42,7 @@ class ServiceController:
         self._config = config
         self._changed = changed
         self._wakes = wakes
+        self._refuses = refuses
         self._latest_ready: Revision | None = None
         self._add_revision()
 
@@ -103,7 +111,13 @@ class ServiceController:
         name = template.name or f"{self.service.name}-{self.generation:05d}"
         identity = RevisionName(self.service.namespace, self.service.name, name, self.generation)
         revision = Revision(
-            identity, template, self._node, self._config, changed=self._revision_changed, wakes=self._wake_others
+            identity,
+            template,
+            self._node,
+            self._config,
+            changed=self._revision_changed,
+            wakes=self._wake_others,
+            refused=self._refuse_others,
         )
         self.revisions.append(revision)
         revision.open()
@@ -118,6 +132,9 @@ class ServiceController:
 
     def _wake_others(self) -> None:
         self._wakes(self)
+
+    def _refuse_others(self, reason: str) -> None:
+        self._refuses(self, reason)
 
     def _forget_old(self, routed: set[int]) -> None:
         old = [one for one in self.revisions[:-1] if id(one) not in routed and one.idle]
@@ -167,8 +184,9 @@ class ServiceController:
         if self._missing:
             text = f'Revision "{self._missing[0]}" referenced in traffic not found.'
             return {"type": "Ready", "status": "False", "reason": "RevisionMissing", "message": text}
-        text = latest.failure or f"Revision {latest.id.name} is not ready yet"
+        text = f"Revision {latest.id.name} is not ready yet" + (f": {latest.waits_for}" if latest.waits_for else "")
         return {"type": "Ready", "status": "Unknown", "reason": "Deploying", "message": text}
 
 
 Wakes = Callable[[ServiceController], None]
+Refuses = Callable[[ServiceController, str], None]

@@ -107,7 +107,7 @@ class PodScaler:
             return _Step(UNDECIDED, False, "no decision yet")
         want = bounded(self._spec, desired, initialized=self._initialized)
         if want > 0:
-            reason = "as decided" if want == desired else "bounds of min, max or initial scale"
+            reason = "as decided" if want == desired else f"{desired} decided, bounds allow {want}"
             return _Step(want, True, reason)
         if not self._spec.enable_scale_to_zero:
             return _Step(1, True, "enable-scale-to-zero is false")

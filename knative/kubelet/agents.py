@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import structlog
 
@@ -67,25 +67,19 @@ class Agent:
     @classmethod
     async def start(cls, preload: Sequence[str], mark: str, output: Path) -> Agent:
         """What the agent itself prints goes to `output`. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        argv = [sys.executable, "-P", "-u", "-m", "knative.kubelet.agent", str(theirs.fileno()), str(os.getpid())]
         # on this thread, since Linux ends the agent with the thread that started it
-        with theirs, output.open("ab") as printed:
-            try:
-                process = subprocess.Popen(  # noqa: ASYNC220 (3 ms, seldom; asyncio's own would add a thread)
-                    [*argv, *preload],
-                    stdin=subprocess.DEVNULL,
-                    stdout=printed,
-                    stderr=printed,
-                    env=with_root(os.environ) | {MARK: mark},
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
-            except OSError:
-                ours.close()
-                raise
+        with output.open("ab") as printed:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                # waits before there is a process: a start that is cancelled must not lose one
+                reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_LINE_BYTES_MAX)
+                try:
+                    process = _spawn(theirs.fileno(), preload, mark, printed)
+                except OSError:
+                    writer.close()
+                    raise
         agent = cls(process, mark)
-        reader, agent._writer = await asyncio.open_unix_connection(sock=ours, limit=_LINE_BYTES_MAX)
+        agent._writer = writer
         agent._life = asyncio.create_task(agent._listen(reader))
         return agent
 
@@ -242,6 +236,19 @@ class Agents:
                 self._agents[key] = agent
                 log.info("agent_started", pid=agent.pid, preload=list(key))
             return agent
+
+
+def _spawn(link: int, preload: Sequence[str], mark: str, printed: BinaryIO) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-P", "-u", "-m", "knative.kubelet.agent", str(link), str(os.getpid()), *preload]
+    return subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=printed,
+        stderr=printed,
+        env=with_root(os.environ) | {MARK: mark},
+        pass_fds=(link,),
+        start_new_session=True,
+    )
 
 
 def with_root(env: Mapping[str, str]) -> dict[str, str]:

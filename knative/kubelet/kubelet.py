@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import structlog
 
+from knative.errors import Unavailable
 from knative.kubelet import gpus, lineage, logs
 from knative.kubelet.agent import Start
 from knative.kubelet.agents import AgentGone, Agents
@@ -29,7 +30,9 @@ class Kubelet:
 
     `folder` takes the logs (logs/POD/N.log, agents/). `fork` False starts a new interpreter for each Python module,
     True forks one that has imported what the command wants preloaded. `gpus` are names for CUDA_VISIBLE_DEVICES;
-    None looks for them. `backoff_s` is the first delay of the crash back-off; the cap and its reset follow from it.
+    None looks for them. `pods_max` is how many there may be at once, as on a node. `backoff_s` is the first delay of
+    the crash back-off; the cap and its reset follow from it.
+
     One for each process: while it is open, orphans of this process's other children come to it too."""
 
     def __init__(
@@ -40,11 +43,13 @@ class Kubelet:
         gpus: Sequence[str] | None = None,
         on_change: Callable[[Pod], None] = lambda pod: None,
         backoff_s: float = 10.0,
+        pods_max: int = 110,
     ) -> None:
         self._folder = folder.absolute()
         self._gpus = gpus
         self._on_change = on_change
         self._backoff_s = backoff_s
+        self._pods_max = pods_max
         self._agents = Agents(self._folder / "agents", fork=fork)
         self._ports = Ports()
         self._gone = logs.GonePods()
@@ -64,6 +69,11 @@ class Kubelet:
             logs=self._folder / "logs",
             backoff_s=self._backoff_s,
         )
+
+    def kill(self) -> None:
+        """SIGKILL for all that runs. Those that are not ending are started again."""
+        for pod in list(self._pods.values()):
+            pod.kill(signal.SIGKILL)
 
     async def close(self, *, now: bool = False) -> None:
         """Ends all pods, with the grace of each unless `now`, and all agents."""
@@ -87,9 +97,11 @@ class Kubelet:
         self._ports.give_back(port)
 
     def run(self, spec: PodSpec, port: int) -> Pod:
-        """Starts a pod; returns at once. Its name must not be in use."""
+        """Starts a pod; returns at once. Its name must not be in use. Raises Unavailable when there are too many."""
         if self._machine is None:
             raise RuntimeError("the kubelet has not been started")
+        if len(self._pods) >= self._pods_max:
+            raise Unavailable(f"{len(self._pods)} replicas run here, the most there may be; give services a max-scale")
         if spec.name in self._pods:
             raise ValueError(f"there is a pod {spec.name!r} already")
         pod = self._pods[spec.name] = Pod(spec, port, self._machine, self._changed)

@@ -158,6 +158,11 @@ def _broken(request: web.BaseRequest, authority: str, error: Exception) -> web.S
     if reply.response is not None:
         reply.cut()
         return reply.response
-    return web.Response(
-        status=502, text=f"the replica at {authority} broke off before it answered: {error or type(error).__name__}\n"
-    )
+    return web.Response(status=502, text=f"no answer from {authority}: {_first_line(error)}\n")
+
+
+def _first_line(error: Exception) -> str:
+    """aiohttp says twice where it could not connect to, and quotes what it could not parse, over several lines."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return (error.strerror or str(error.os_error)).lower()
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

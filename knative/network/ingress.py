@@ -39,6 +39,7 @@ class Route:
     """Revisions with their weights, in percent of the requests."""
 
     targets: tuple[tuple[int, RevisionEntry], ...]
+    local: bool = False  # visibility cluster-local: for processes of this machine only
 
     def choose(self, rng: random.Random) -> RevisionEntry | None:
         """One of the revisions, by weight; None if no weight is above 0."""
@@ -87,6 +88,8 @@ class Ingress:
             outside = self._outside(request)
             if outside and self._session is not None:
                 return await forward(request, request_headers(request), authority=outside, session=self._session)
+            return web.Response(status=404, text=self._unknown(request))
+        if route.local and not _is_loopback(request.remote):
             return web.Response(status=404, text=self._unknown(request))
         revision = route.choose(self._rng)
         if revision is None:
@@ -158,7 +161,7 @@ def _is_loopback(remote: str | None) -> bool:
 def _shown(request: web.BaseRequest) -> str:
     if request.raw_path.startswith("/"):
         return request.headers.get(hdrs.HOST, "") + request.raw_path
-    return f"{request.raw_path} (as a proxy this serves the services below only; set no_proxy for other hosts)"
+    return request.raw_path
 
 
 def _split(target: str) -> tuple[str, str]:

@@ -146,7 +146,7 @@ async def test_the_status_has_what_stagecraft_status_and_top_show(start: Start, 
         "namespace": "default", "service": "shown", "revision": "shown-00001", "generation": 1, "state": "Active",
         "desired": 1, "ready": 1, "starting": 0, "draining": 0, "failed": 0, "not_ready": 0, "stable": 0.0,
         "panic": 0.0, "target": 7.0, "metric": "concurrency", "panic_mode": False, "waiting": 0, "in_flight": 0,
-        "queued": 0, "min_scale": 1, "max_scale": 4, "message": "",
+        "min_scale": 1, "max_scale": 4, "message": "",
     }  # fmt: skip
     assert {key: one[key] for key in expected} == expected
     (pod,) = one["pods"]

@@ -350,7 +350,7 @@ async def test_a_process_that_does_not_listen_is_502(queue_proxy: Start, client:
     proxy = await queue_proxy(1)
     async with client.get(f"http://{proxy.address}/") as answer:
         assert answer.status == 502
-        assert "the replica at 127.0.0.1:1 broke off" in await answer.text()
+        assert "no answer from 127.0.0.1:1: " in await answer.text()
 
 
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"no http at all\r\n\r\n"])
@@ -365,7 +365,7 @@ async def test_a_process_that_breaks_off_before_its_response_is_502(
     async with client.post(f"http://{proxy.address}/", data=b"x") as answer:
         assert answer.status == 502
         text = await answer.text()
-        assert "broke off before it answered" in text
+        assert text.startswith("no answer from")
         assert "Traceback" not in text
 
 
