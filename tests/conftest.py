@@ -53,19 +53,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_url(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def demo_runtime() -> Iterator[str]:
+    """Where commands find the platform of `demo_url`: no test that looks for others does. Short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="sc-") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def demo_url(demo_runtime: str, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of the demonstration model, served in 2 stages by `stagecraft up` on free ports."""
     logs = tmp_path_factory.mktemp("demo-logs")
     argv = [sys.executable, "-m", "orchestrator.cli", "up", "demo", "--stages", "2", "--threads", "1", "--json"]
     argv += ["--port", "0", "--grpc-port", "0", "--log-dir", str(logs)]
     errors = logs / "up.log"
-    # a runtime folder of its own, short enough for a socket: `status` of other tests must not find this platform
-    runtime = tempfile.TemporaryDirectory(prefix="sc-")
-    env = {**os.environ, "STAGECRAFT_RUNTIME_DIR": runtime.name}
+    env = {**os.environ, "STAGECRAFT_RUNTIME_DIR": demo_runtime}
     with errors.open("wb") as stderr:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr, cwd=root, env=env)
     assert process.stdout is not None
-    with runtime, process.stdout as stdout:
+    with process.stdout as stdout:
         line = stdout.readline()
         assert line, f"`up demo` did not start:\n{errors.read_text()}"
         yield json.loads(line)["url"]

@@ -142,12 +142,15 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("block", RUNNABLE, ids=[f"{b.page}-{b.language}-{i}" for i, b in enumerate(RUNNABLE)])
-def test_block_marked_test_runs_against_the_demo(block: Block, demo_url: str, programs: Path) -> None:
+def test_block_marked_test_runs_against_the_demo(
+    block: Block, demo_url: str, demo_runtime: str, programs: Path
+) -> None:
     text = block.text.replace("http://127.0.0.1:8080", demo_url)
     bash = shutil.which("bash")
     assert bash is not None
     argv = {"sh": [bash, "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[block.language]
-    env = {"PATH": f"{programs}:{Path(bash).parent}:/usr/bin:/bin", "STAGECRAFT_URL": demo_url, "COLUMNS": "100"}
+    env = {"PATH": f"{programs}:{Path(bash).parent}:/usr/bin:/bin", "COLUMNS": "100"}
+    env |= {"STAGECRAFT_URL": demo_url, "STAGECRAFT_RUNTIME_DIR": demo_runtime}
     done = subprocess.run([*argv, text], capture_output=True, text=True, env=env, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -12,11 +13,20 @@ import psutil
 import pytest
 
 from knative.images import Command
+from knative.kubelet import lineage
 from knative.kubelet.kubelet import Kubelet
 from knative.kubelet.pod import Pod, PodSpec
 from knative.resources.objects import Probe
 
 WAIT_S = 30.0  # against hangs
+
+
+@pytest.fixture
+def own_children() -> Callable[[], list[int]]:
+    """The children of this process that have come since the test began: other tests may have left some running."""
+    before = set(lineage.children_of(os.getpid()))
+    return lambda: [pid for pid in lineage.children_of(os.getpid()) if pid not in before]
+
 
 # answers with the status in the file STATUS (200 if there is none) and prints the requests
 SERVER = """

@@ -16,8 +16,6 @@ from typing import Any
 import psutil
 import pytest
 
-from knative.kubelet import lineage
-
 ROOT = Path(__file__).resolve().parents[3]
 WAIT_S = 30.0  # against hangs
 # listens, and starts two helpers in sessions of their own: one stays its child, one is orphaned at once
@@ -123,7 +121,7 @@ async def test_a_replica_that_is_terminated_takes_its_helpers_along(
 
 
 async def test_an_agent_that_is_killed_takes_all_along_and_is_replaced(
-    start: Start, until: Until, tmp_path: Path, is_gone: Callable[[int], bool]
+    start: Start, until: Until, tmp_path: Path, own_children: Callable[[], list[int]]
 ) -> None:
     run = await start()
     pod = run.pod(FAMILY, str(tmp_path))
@@ -131,7 +129,7 @@ async def test_an_agent_that_is_killed_takes_all_along_and_is_replaced(
     bystander = await asyncio.create_subprocess_exec(sys.executable, "-S", "-c", "import time; time.sleep(600)")
     try:
         ended = [pod.pid, *family(tmp_path)]
-        (agent,) = [pid for pid in lineage.children_of(os.getpid()) if pid != bystander.pid]
+        (agent,) = [pid for pid in own_children() if pid != bystander.pid]
         os.kill(agent, signal.SIGKILL)
         await until(lambda: pod.restarts == 1)
         assert not any(map(psutil.pid_exists, [agent, *ended]))  # nor are they left as zombies
@@ -142,11 +140,13 @@ async def test_an_agent_that_is_killed_takes_all_along_and_is_replaced(
     assert await bystander.wait() == -signal.SIGKILL
 
 
-async def test_a_start_on_a_dying_agent_is_repeated_on_a_new_one(start: Start, until: Until) -> None:
+async def test_a_start_on_a_dying_agent_is_repeated_on_a_new_one(
+    start: Start, until: Until, own_children: Callable[[], list[int]]
+) -> None:
     run = await start()
     first = run.pod(name="first")
     await until(lambda: first.phase == "ready")
-    (agent,) = lineage.children_of(os.getpid())
+    (agent,) = own_children()
     os.kill(agent, signal.SIGSTOP)  # takes requests, does nothing
     second = run.pod(name="second")
     await asyncio.sleep(0.05)
@@ -155,10 +155,10 @@ async def test_a_start_on_a_dying_agent_is_repeated_on_a_new_one(start: Start, u
     assert (first.restarts, second.restarts) == (1, 1)
 
 
-async def test_closing_ends_pods_and_agents(start: Start, until: Until) -> None:
+async def test_closing_ends_pods_and_agents(start: Start, until: Until, own_children: Callable[[], list[int]]) -> None:
     run = await start()
     pods = [run.pod(name=f"p{index}") for index in range(3)]
     await until(lambda: all(pod.phase == "ready" for pod in pods))
     await run.kubelet.close()
     assert [pod.phase for pod in pods] == ["gone"] * 3
-    assert lineage.children_of(os.getpid()) == []
+    assert own_children() == []

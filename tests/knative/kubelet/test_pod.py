@@ -338,9 +338,11 @@ async def test_two_pods_of_one_name_are_refused(start: Start) -> None:
         run.pod()
 
 
-async def test_many_starts_and_stops_leave_nothing_behind(start: Start, until: Until) -> None:
+async def test_many_starts_and_stops_leave_nothing_behind(
+    start: Start, until: Until, own_children: Callable[[], list[int]]
+) -> None:
     def held() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(lineage.children_of(os.getpid()))
+        return len(os.listdir("/proc/self/fd")), len(own_children())
 
     async def cycle(name: str) -> None:
         pod = run.pod(name=name)
@@ -349,7 +351,7 @@ async def test_many_starts_and_stops_leave_nothing_behind(start: Start, until: U
 
     run = await start()
     await cycle("first")  # starts the agent
-    agents = lineage.children_of(os.getpid())
+    agents = own_children()
     before = held()
     for batch in range(5):
         await asyncio.gather(*(cycle(f"{batch}-{index}") for index in range(10)))

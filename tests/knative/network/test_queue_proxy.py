@@ -54,8 +54,8 @@ async def test_of_26_at_once_with_concurrency_2_four_are_refused(
             return answer.status, await answer.text()
 
     asked = [asyncio.create_task(ask()) for _ in range(26)]
-    await until(lambda: sum(task.done() for task in asked) == 4 and proxy.queued == 20)
-    assert (proxy.in_flight, gate.inside) == (22, 2)
+    await until(lambda: sum(task.done() for task in asked) == 4 and (proxy.queued, gate.inside) == (20, 2))
+    assert proxy.in_flight == 22
     gate.opened.set()
     outcomes = Counter(await asyncio.gather(*asked))
     assert outcomes == {(200, "ok"): 22, (503, "pending request queue full\n"): 4}

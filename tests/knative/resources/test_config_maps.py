@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from knative.autoscaler.config import AUTOSCALER_KEYS
 from knative.errors import ValidationError
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
 
@@ -25,6 +26,7 @@ def rows(root: Path) -> Rows:
 
 
 def test_the_known_keys_are_those_of_knative(rows: Rows) -> None:
+    assert set(rows["config-autoscaler"]) == AUTOSCALER_KEYS
     assert set(rows["config-defaults"]) == DEFAULTS_KEYS
     assert set(rows["config-features"]) == FEATURES_KEYS
 

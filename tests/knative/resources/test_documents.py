@@ -94,11 +94,30 @@ def test_bad_settings_point_at_their_key() -> None:
     assert found.startswith("f.yaml:6: stable-window = 1s, must be in [6s; 1h0m0s] range")
 
 
-def test_a_misspelt_setting_is_warned_of() -> None:
-    result = parsed(config_map("config-defaults", {"revision-timeout": "100"}))
+@pytest.mark.parametrize("name", ["config-autoscaler", "config-defaults", "config-features"])
+def test_a_misspelt_setting_is_warned_of(name: str) -> None:
+    result = parsed(config_map(name, {"windw": "6s"}))
+    assert result.warnings == ('f.yaml:1: Knative knows no setting "windw": it has no effect: data.windw',)
+
+
+@pytest.mark.parametrize("name", ["config-deployment", "config-network", "config-gc", "config-autoscalar"])
+def test_settings_that_nothing_here_reads_are_warned_of_once(name: str) -> None:
+    result = parsed(config_map(name, {"progress-deadline": "60s", "other": "x"}))
+    assert [resource.name for resource in result.resources] == [name]
     assert result.warnings == (
-        'f.yaml:1: Knative knows no setting "revision-timeout": it has no effect: data.revision-timeout',
+        f"f.yaml:1: {name} has no effect: one machine reads config-autoscaler, config-defaults, config-features: "
+        "metadata.name",
     )
+
+
+@pytest.mark.parametrize(
+    ("autoscaler", "warned"),
+    [("kpa.autoscaling.knative.dev", 0), ("hpa.autoscaling.knative.dev", 1), ("keda.example.com", 1)],
+)
+def test_another_autoscaler_for_all_is_warned_of(autoscaler: str, warned: int) -> None:
+    result = parsed(config_map("config-autoscaler", {"pod-autoscaler-class": autoscaler}))
+    text = "f.yaml:1: one machine has only the KPA: it scales all revisions: data.pod-autoscaler-class"
+    assert result.warnings == (text,) * warned
 
 
 def test_settings_in_a_namespace_that_knative_does_not_read_are_warned_of() -> None:

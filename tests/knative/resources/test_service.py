@@ -162,7 +162,8 @@ def test_what_a_cluster_printed_can_be_applied_again() -> None:
 REFUSED: dict[str, tuple[str, object, list[str]]] = {
     # names
     "no_name": (
-        "metadata.name", ABSENT, ["name or generateName is required: metadata.name\non one machine: a name"],
+        "metadata.name", ABSENT,
+        ["name or generateName is required: metadata.name\ngive it a name: one machine makes none from generateName"],
     ),
     "name_too_long": (
         "metadata.name", "a" * 64, ["not a DNS 1035 label: [must be no more than 63 characters]: metadata.name"],
@@ -724,6 +725,15 @@ WARNED: dict[str, tuple[str, object, str]] = {
         "spec.template.metadata.annotations", {"autoscaling.knative.dev/class": "hpa.autoscaling.knative.dev"},
         "one machine has only the KPA: it scales this revision: "
         "spec.template.metadata.annotations.autoscaling.knative.dev/class",
+    ),
+    "class_of_others": (
+        "spec.template.metadata.annotations", {"autoscaling.knative.dev/class": "keda.example.com"},
+        "one machine has only the KPA: it scales this revision: "
+        "spec.template.metadata.annotations.autoscaling.knative.dev/class",
+    ),
+    "http2": (
+        f"{CONTAINER}.ports", [{"containerPort": 8080, "name": "h2c"}],
+        f"one machine relays HTTP/1.1 only: requests do not reach this port as HTTP/2: {CONTAINER}.ports[0].name",
     ),
     "probe_of_another_port": (
         f"{CONTAINER}.livenessProbe", {"tcpSocket": {"port": 9999}},
