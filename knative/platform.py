@@ -44,7 +44,7 @@ from knative.service import ServiceController
 log = structlog.get_logger()
 
 _VISIBILITY = "networking.knative.dev/visibility"
-_GRACE_S = 5.0  # for running answers, when the platform ends
+GRACE_S = 5.0  # for running answers, when the platform ends
 _LOOK_EVERY_S = 0.05
 _LATE_S = 0.002
 WAKES = "stagecraft.dev/wakes"  # annotation: services that a request to this one, at zero, wakes along
@@ -148,7 +148,7 @@ class Platform:
 
     async def _running_answers(self) -> None:
         """Lets answers end that are on their way, for a while."""
-        for _ in range(int(_GRACE_S / _LOOK_EVERY_S)):
+        for _ in range(int(GRACE_S / _LOOK_EVERY_S)):
             if not self.in_flight:
                 return
             await asyncio.sleep(_LOOK_EVERY_S)

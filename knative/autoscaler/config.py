@@ -16,7 +16,7 @@ from knative.autoscaler.durations import format_duration, parse_duration_s
 from knative.autoscaler.values import format_number, parse_bool, parse_float, parse_int32
 from knative.errors import ValidationError
 
-__all__ = ["AutoscalerConfig", "ScalerSpec", "check_annotations", "scaler_spec"]
+__all__ = ["AUTOSCALER_KEYS", "AutoscalerConfig", "ScalerSpec", "check_annotations", "scaler_spec"]
 
 PROGRESS_DEADLINE_S = 600.0
 """config-deployment's default of progress-deadline."""
@@ -100,6 +100,7 @@ _KEYS: dict[str, tuple[str, Callable[[str], float | str]]] = {
     "scale-down-delay": ("scale_down_delay_s", parse_duration_s),
     "max-scale-limit": ("max_scale_limit", parse_int32),
 }
+AUTOSCALER_KEYS = frozenset(_KEYS)
 
 
 def _complaints(config: AutoscalerConfig) -> Iterator[str]:

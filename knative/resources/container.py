@@ -115,6 +115,8 @@ def _port(container: Tree, path: str, problems: Problems) -> tuple[int, str]:
         problems.invalid(port["protocol"], f"{path}.protocol")
     if name not in _PORT_NAMES:
         problems.add(f"Port name {name} is not allowed", path, details="Name must be empty, or one of: 'h2c', 'http1'")
+    elif name == "h2c":
+        problems.warn("one machine relays HTTP/1.1 only: requests do not reach this port as HTTP/2", f"{path}[0].name")
     return number or DEFAULT_PORT, name
 
 

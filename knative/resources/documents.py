@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from knative.autoscaler.config import AutoscalerConfig
+from knative.autoscaler.annotations import KPA
+from knative.autoscaler.config import AUTOSCALER_KEYS, AutoscalerConfig
 from knative.errors import ValidationError
 from knative.resources import schema
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
@@ -20,7 +21,7 @@ from knative.resources.field_errors import FieldError, Problems
 from knative.resources.kinds import reason_to_skip, unknown_kind
 from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
 from knative.resources.objects import ConfigMap, Resource
-from knative.resources.service import API_VERSION, Settings, read_service
+from knative.resources.service import API_VERSION, ONLY_KPA, Settings, read_service
 from knative.resources.trees import Tree, child, text, text_map
 from knative.resources.yaml_text import Text, lines_below, read_json, read_yaml
 
@@ -218,6 +219,8 @@ class _Parser:
         data = text_map(tree, "data")
         if not problems.errors and namespace == SYSTEM_NAMESPACE:
             self._settle(name, data, problems)
+            if name not in _SETTINGS:
+                problems.warn(f"{name} has no effect: one machine reads {', '.join(_SETTINGS)}", "metadata.name")
         elif name in _SETTINGS and namespace != "knative-eventing":  # which has a config-features of its own
             problems.warn(
                 f"{name} has no effect in namespace {namespace}: Knative reads it in {SYSTEM_NAMESPACE}", "metadata"
@@ -233,6 +236,9 @@ class _Parser:
             match name:
                 case "config-autoscaler":
                     self._settings = replace(self._settings, autoscaler=AutoscalerConfig.from_data(data))
+                    _warn_keys(data, AUTOSCALER_KEYS, problems)
+                    if self._settings.autoscaler.pod_autoscaler_class != KPA:
+                        problems.warn(f"{ONLY_KPA}: it scales all revisions", "data.pod-autoscaler-class")
                 case "config-defaults":
                     self._settings = replace(self._settings, defaults=DefaultsConfig.from_data(data))
                     _warn_keys(data, DEFAULTS_KEYS, problems)

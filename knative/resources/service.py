@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from knative.autoscaler.annotations import GROUP as AUTOSCALING
-from knative.autoscaler.annotations import HPA, check_annotations, find
+from knative.autoscaler.annotations import KPA, check_annotations, find
 from knative.autoscaler.config import AutoscalerConfig
 from knative.autoscaler.durations import parse_duration_s
 from knative.errors import ValidationError
@@ -30,6 +30,7 @@ API_VERSION = f"{GROUP}/v1"
 _VISIBILITY = "networking.knative.dev/visibility"
 _TEMPLATE = "spec.template"
 _POD = "spec.template.spec"
+ONLY_KPA = "one machine has only the KPA"
 _QUEUE_SHARE = f"queue.sidecar.{GROUP}/resourcePercentage"
 
 _SERVING_NAMES = (
@@ -157,7 +158,8 @@ def _service(tree: Tree, settings: Settings, problems: Problems) -> Service:
 def _check_metadata(metadata: Tree, problems: Problems) -> None:
     name, namespace = text(metadata, "name"), text(metadata, "namespace")
     if not name:
-        problems.add("name or generateName is required", "metadata.name", details="on one machine: a name")
+        details = "give it a name: one machine makes none from generateName"
+        problems.add("name or generateName is required", "metadata.name", details=details)
     elif problem := dns_1035_problem(name):
         problems.add(problem, "metadata.name")
     if not is_dns_1123_label(namespace):
@@ -238,8 +240,8 @@ def _check_template_annotations(
     for complaint in check_annotations(annotations, autoscaler, path=f"{path}."):
         _, _, places = complaint.rpartition(": ")
         problems.errors.append(FieldError(complaint, (), at=places.split(", ")[0]))
-    if (found := find(annotations, "class")) and found[1] == HPA:
-        problems.warn("one machine has only the KPA: it scales this revision", f"{path}.{found[0]}")
+    if (found := find(annotations, "class")) and found[1] != KPA:
+        problems.warn(f"{ONLY_KPA}: it scales this revision", f"{path}.{found[0]}")
     _check_seconds(annotations, "progress-deadline", path, problems)
     _check_queue_share(annotations, path, problems)
     _warn_strangers(annotations, path, problems)

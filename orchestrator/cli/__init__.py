@@ -1,71 +1,42 @@
-"""The command line, `stagecraft`. Commands import what they need when they run, so that help comes at once."""
+"""The command line, `stagecraft`. This module imports next to nothing: `main` has to be there from the start."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from orchestrator.cli.generate import generate
-from orchestrator.cli.local import app as local
-from orchestrator.cli.plan import plan
-from orchestrator.cli.status import status
-from orchestrator.cli.top import top
-from orchestrator.cli.up import up
-
-app = typer.Typer(
-    name="stagecraft",
-    help="Serve large language models in stages: each stage is a service that holds some of the blocks.",
-    rich_markup_mode="rich",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-)
-app.command()(up)
-app.command()(plan)
-app.command()(generate)
-app.command()(status)
-app.command()(top)
-app.add_typer(local)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    print(_version())
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(_version())
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    """Serve large language models in stages: each stage is a service that holds some of the blocks."""
+if TYPE_CHECKING:
+    from typer import Typer
 
 
 def main() -> None:
-    """Entry point of the `stagecraft` program."""
+    """Entry point of the `stagecraft` program. Signals end it without a traceback: 130, 143 or 129."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, _leave)
     try:
+        from orchestrator.cli.commands import app
+
         app()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # the reader of our output has gone (| head); nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def _version() -> str:
-    try:
-        return f"stagecraft {installed_version('stagecraft')}"
-    except PackageNotFoundError:
-        return "stagecraft (not installed)"
+def _leave(number: int, _frame: object) -> None:
+    """Ends the program like any error would, so that terminal and temporary files are put in order."""
+    raise SystemExit(128 + number)
+
+
+def __getattr__(name: str) -> Typer:
+    """`app`, imported when somebody asks for it."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from orchestrator.cli.commands import app
+
+    return app

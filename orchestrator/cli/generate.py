@@ -114,11 +114,11 @@ def _question(prompt: str, chat: bool, system: str | None) -> dict[str, Any]:
 async def _run(url: str, body: dict[str, Any], as_json: bool) -> None:
     from orchestrator.cli import completions
 
+    tally = Tally()  # the look at the models may wake the server
     try:
         async with completions.client() as http:
             if body["model"] is None:
                 body["model"] = await completions.only_model(http, url)
-            tally = Tally()
             await show(http, url, body, tally, quiet=as_json)
     except completions.EndpointError as error:
         fail(str(error))

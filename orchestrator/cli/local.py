@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orchestrator.cli.console import fail, note, write_text
+from orchestrator.cli.log_folder import log_folder
 from orchestrator.cli.platform_client import (
     PlatformOption,
     complete_kind,
@@ -24,12 +23,13 @@ from orchestrator.cli.platform_client import (
     names_of,
     readable_errors,
 )
+from orchestrator.cli.running_platform import problems_of, stop_told, tell_problems
 
 if TYPE_CHECKING:
     from knative.client import Client
     from knative.control import Applied
     from knative.images import Command
-    from knative.platform import PlatformSettings
+    from knative.platform import Platform, PlatformSettings
     from knative.registry import Entry
     from knative.resources.documents import Document
 
@@ -67,6 +67,9 @@ KindArgument = Annotated[
 def start(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the ingress; 0 takes any free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the platform's metrics; 0 takes any free one.")
+    ] = 0,
     name: Annotated[str, typer.Option(help="Name of this platform, for --platform of the other commands.")] = "local",
     images: Annotated[Path | None, typer.Option(help="YAML table: which command stands for which image.")] = None,
     default_service: Annotated[
@@ -104,21 +107,19 @@ def start(
     table = _image_table(images)
     quiet_s = _duration_s("--drain-quiet", drain_quiet)
     _check_names(name, default_service)
-    folder, temporary = _folder(log_dir)
-    settings = PlatformSettings(
-        folder=folder.resolve(),
-        name=name,
-        host=host,
-        port=port,
-        default_service=default_service,
-        images=table,
-        fork=fork,
-        drain_quiet_s=quiet_s,
-    )
-    code = _run(settings, documents, as_json)
-    if temporary and code == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    raise typer.Exit(code)
+    with log_folder(log_dir) as folder:
+        settings = PlatformSettings(
+            folder=folder.resolve(),
+            name=name,
+            host=host,
+            port=port,
+            metrics_port=metrics_port,
+            default_service=default_service,
+            images=table,
+            fork=fork,
+            drain_quiet_s=quiet_s,
+        )
+        raise typer.Exit(_run(settings, documents, as_json))
 
 
 @app.command()
@@ -254,8 +255,8 @@ def _print_applied(done: Sequence[Applied], dry_run: bool) -> None:
             note(f"skipped {one.kind.lower()}/{one.name}: {one.note}")
             continue
         print(f"{full_kind(one.kind)}/{one.name} {one.action}{' (dry run)' if dry_run else ''}", flush=True)
-        if one.note:
-            note(f"warning: {one.note}")
+        for line in one.note.splitlines():
+            note(f"warning: {line}")
 
 
 def _took(one: Applied) -> bool:
@@ -328,19 +329,6 @@ def _in_files(filename: list[str]) -> list[tuple[str, str, str]]:
     return [target for document in reversed(found) if (target := identity(document)) is not None]
 
 
-def _folder(wanted: Path | None) -> tuple[Path, bool]:
-    """The folder for logs, and whether it is a temporary one of ours."""
-    try:
-        folder = wanted or Path(tempfile.mkdtemp(prefix="stagecraft-"))
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(
-            f"cannot write logs to {wanted or 'the temporary folder'}: {error.strerror or error}; "
-            "name another folder with --log-dir"
-        )
-    return folder, wanted is None
-
-
 def _image_table(images: Path | None) -> dict[str, Command]:
     from knative.images import read_images
 
@@ -392,21 +380,23 @@ async def _serve(settings: PlatformSettings, documents: Sequence[Document], as_j
         async with Platform(settings) as platform, control_api(platform, settings.name, settings.folder) as entry:
             applied = await platform.apply(documents) if documents else []
             if as_json:
-                print(json.dumps(_facts(entry)), flush=True)
+                print(json.dumps(_facts(entry, platform)), flush=True)
             else:
                 _print_applied(applied, dry_run=False)
-                print(_banner(entry), flush=True)
-            await asyncio.Event().wait()
+                print(_banner(entry, platform), flush=True)
+            with stop_told(platform):
+                await asyncio.Event().wait()
     except KnativeError as error:
-        note(f"error: {error}")
+        tell_problems(problems_of(error, "--port, --metrics-port or --host"))
         return 2 if isinstance(error, Unavailable | ValidationError) else 1  # another option or manifest heals it
     return 0
 
 
-def _facts(entry: Entry) -> dict[str, object]:
+def _facts(entry: Entry, platform: Platform) -> dict[str, object]:
     return {
         "name": entry.name,
         "url": entry.url,
+        "metrics_url": platform.metrics_url,
         "pid": entry.pid,
         "control": str(entry.socket),
         "log_dir": str(entry.folder),
@@ -414,11 +404,12 @@ def _facts(entry: Entry) -> dict[str, object]:
     }
 
 
-def _banner(entry: Entry) -> str:
+def _banner(entry: Entry, platform: Platform) -> str:
     return f"""
 Platform {entry.name} listens at {entry.url}; Ctrl-C stops it and all it runs.
 
   apply   stagecraft local apply -f service.yaml
   see     stagecraft status, stagecraft top, stagecraft local get ksvc
+  metrics {platform.metrics_url}
   logs    {entry.folder}
 """

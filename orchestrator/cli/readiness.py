@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.console import err, note
@@ -16,15 +16,16 @@ POLL_S = 0.2
 FAILED_FOR_S = 2.0  # Ready may be False for a moment while a new revision comes up
 
 Key = tuple[str, str]  # namespace, name
+Show = Callable[[list[str], list[str]], object]  # a line for each that is waited for; those of them that changed
 
 
 def wait_ready(client: Client, services: Sequence[Key], timeout_s: float) -> bool:
     """Whether all of them became Ready in time; says of each one when it is, or why it is not. Raises KnativeError."""
     wait = _Wait(services, time.monotonic() + timeout_s)
     if not err.is_terminal:
-        return wait.run(client, lambda text: None if not text else note(text))
+        return wait.run(client, lambda _waiting, changed: note("\n".join(changed)) if changed else None)
     with err.status("") as status:
-        return wait.run(client, status.update)
+        return wait.run(client, lambda waiting, _changed: status.update("\n".join(waiting)))
 
 
 class _Wait:
@@ -34,7 +35,7 @@ class _Wait:
         self._ends_s = ends_s
         self._all_ready = True
 
-    def run(self, client: Client, show: Any) -> bool:
+    def run(self, client: Client, show: Show) -> bool:
         while True:
             before = dict(self._left)
             items = {_key(item): item for item in client.get("service")}
@@ -47,7 +48,9 @@ class _Wait:
                     note(f"service {key[1]} is not ready in time: {message}")
                 return False
             if self._left != before:
-                show("\n".join(f"service {key[1]}: {message}" for key, message in self._left.items() if message))
+                lines = {key: f"service {key[1]}: {message}" for key, message in self._left.items() if message}
+                changed = [line for key, line in lines.items() if before[key] != self._left[key]]
+                show(list(lines.values()), changed)
             time.sleep(POLL_S)
 
     def _look(self, key: Key, item: Mapping[str, Any] | None) -> None:

@@ -22,8 +22,9 @@ def status(
     """Show the revisions of the platform: replicas, load, and what the autoscaler makes of it.
 
     ready is ready/desired replicas; stable and panic are the averages over the two windows (concurrency, or requests
-    per second), ! marks panic mode; target is what one replica should have; queued are requests that wait at the
-    activator; mode is proxy while requests pass the activator, serve when they do not.
+    per second), ! marks panic mode; target is what one replica should have; waiting are requests held at the
+    activator, in flight those inside the replicas; mode is proxy while requests pass the activator, serve when they do
+    not. A narrow terminal shows starting, draining and failed replicas as one column, such as +1 -2 !1.
 
     [bold]Examples[/]
 

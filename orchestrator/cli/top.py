@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,11 +13,9 @@ import typer
 from orchestrator.cli.platform_client import PlatformOption, connected
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from knative.client import Client
 
-HISTORY = 24  # samples shown
+HISTORY = 24  # samples shown in a wide terminal
 
 
 def top(
@@ -27,7 +24,9 @@ def top(
 ) -> None:
     """Watch the revisions of the platform scale, until Ctrl-C.
 
-    Columns are those of `stagecraft status`; load (requests running and waiting) and replicas show the last while.
+    Columns are those of `stagecraft status`; load (requests waiting and in flight) and replicas (ready ones) show the
+    last while. A narrow terminal shows less of it, the state in short, and starting, draining and failed replicas as
+    one column, such as +1 -2 !1.
     Where standard output is no terminal, one table is printed.
 
     [bold]Examples[/]
@@ -53,23 +52,16 @@ def _watch(client: Client, interval_s: float) -> None:
 
     from orchestrator.cli.status_view import status_view
 
-    # the terminal has to be given back on these, too
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
     histories = Histories()
     try:
         with Live(console=Console(highlight=False), screen=True, auto_refresh=False) as live:
             while True:
                 seen = client.status()
                 histories.add(seen)
-                live.update(status_view(seen, histories.cells()), refresh=True)
+                live.update(status_view(seen, histories.series()), refresh=True)
                 time.sleep(interval_s)
     except KeyboardInterrupt:
         return
-
-
-def _leave(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 class Histories:
@@ -92,16 +84,6 @@ class Histories:
             self._load.setdefault(key, deque(maxlen=HISTORY)).append(load)
             self._replicas.setdefault(key, deque(maxlen=HISTORY)).append(revision["ready"])
 
-    def cells(self) -> dict[str, tuple[RenderableType, RenderableType]]:
-        """Two sparklines for each revision, the newest value at the right."""
-        from rich.text import Text
-
-        from orchestrator.cli.status_view import sparkline
-
-        return {
-            key: (
-                Text(sparkline(list(load)).rjust(HISTORY), "magenta"),
-                Text(sparkline(list(self._replicas[key])).rjust(HISTORY), "green"),
-            )
-            for key, load in self._load.items()
-        }
+    def series(self) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+        """Load and ready replicas of each revision, the newest look last."""
+        return {key: (list(load), list(self._replicas[key])) for key, load in self._load.items()}

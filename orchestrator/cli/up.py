@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +20,8 @@ from urllib.parse import quote
 import typer
 
 from orchestrator.cli.console import fail, note
+from orchestrator.cli.log_folder import log_folder
+from orchestrator.cli.running_platform import problems_of, stop_told, tell_problems
 
 if TYPE_CHECKING:
     from knative.platform import Platform, PlatformSettings
@@ -32,7 +32,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # a plan may say no o
 T = TypeVar("T")
 
 PLATFORM_LOG = "platform.log"  # why the autoscaler decides what, as JSON lines
-LOG_BYTES_MIN = 64 << 10  # room there must be for logs
 LOOK_EVERY_S = 0.1
 PROMPT_TOKENS = 120
 PROMPT_TEMPERATURE = 0.7
@@ -40,10 +39,11 @@ PROMPT_SEED = 1
 
 
 class UpError(Exception):
-    """It cannot start or go on; the text is for people. `exit_code` is what `up` ends with."""
+    """It cannot start or go on; `problems` are texts for people. `exit_code` is what `up` ends with."""
 
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
+    def __init__(self, *problems: str, exit_code: int = 1) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
         self.exit_code = exit_code
 
 
@@ -155,12 +155,9 @@ def up(
         kv_bytes_max=None if kv_memory is None else _bytes("--kv-memory", kv_memory),
         lane_width=lane_width,
     )
-    folder, temporary = _log_folder(log_dir)
-    settings = _platform_settings(deployable, folder, host, (port, grpc_port, metrics_port), fork)
-    exit_code = _run(_until_signal(deployable, settings, prompt, leave, as_json), folder)
-    if temporary and exit_code == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    raise typer.Exit(exit_code)
+    with log_folder(log_dir) as folder:
+        settings = _platform_settings(deployable, folder, host, (port, grpc_port, metrics_port), fork)
+        raise typer.Exit(_run(_until_signal(deployable, settings, prompt, leave, as_json), folder))
 
 
 def default_threads(stages: int) -> int:
@@ -213,15 +210,19 @@ async def _serve(
         async with _deployed(deployable, settings) as (platform, urls):
             if as_json:
                 print(json.dumps(_facts(deployable, platform, urls)), flush=True)
-            if prompt is not None:
-                await _unless_failing(platform, _answer(deployable, platform, urls, prompt))
-            if not leave:
-                if not as_json:
-                    print(_banner(deployable, platform, urls), flush=True)
-                await _tell_failures(platform)
-    except (KnativeError, UpError, EndpointError) as error:
-        note(f"error: {error}")
-        return error.exit_code if isinstance(error, UpError) else 1
+            with stop_told(platform):
+                if prompt is not None:
+                    await _unless_failing(platform, _answer(deployable, platform, urls, prompt))
+                if not leave:
+                    if not as_json:
+                        print(_banner(deployable, platform, urls), flush=True)
+                    await _tell_failures(platform)
+    except UpError as error:
+        tell_problems(error.problems)
+        return error.exit_code
+    except (KnativeError, EndpointError) as error:
+        tell_problems([str(error)])
+        return 1
     return 0
 
 
@@ -238,7 +239,8 @@ async def _deployed(deployable: Deployable, settings: PlatformSettings) -> Async
         try:
             platform = await stack.enter_async_context(Platform(settings))
         except Unavailable as error:
-            raise UpError(f"{error}; see --port, --grpc-port, --metrics-port and --host", 2) from None
+            problems = problems_of(error, "--port, --grpc-port, --metrics-port or --host")
+            raise UpError(*problems, exit_code=2) from None
         await _publish(platform, deployable.name, stack)
         # these only: --log-dir may hold those of another run
         await platform.apply([document for path in written for document in read_documents(path)])
@@ -266,15 +268,17 @@ async def _unless_failing(platform: Platform, work: Awaitable[T]) -> T:
     """The result of `work`; raises UpError as soon as a service cannot start: waiting would not help."""
     task = asyncio.ensure_future(work)
     try:
-        while not task.done():
+        while True:
+            ended = task.done()
             failures = _failures(platform)
-            if failures:
-                raise UpError("\n".join(failures.values()))
+            if failures and not (ended and task.exception() is None):  # they say more than the answer of a chain
+                raise UpError(*failures.values())
+            if ended:
+                return await task
             await asyncio.wait({task}, timeout=LOOK_EVERY_S)
-        return await task
     finally:
         task.cancel()
-        await asyncio.wait({task})
+        await asyncio.gather(task, return_exceptions=True)  # its own error says no more than the failures
 
 
 async def _tell_failures(platform: Platform) -> None:
@@ -369,19 +373,6 @@ def _bytes(option: str, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         fail(f"{option}: {error}", 2)
-
-
-def _log_folder(wanted: Path | None) -> tuple[Path, bool]:
-    """The folder, and whether it is a temporary one of ours."""
-    try:
-        folder = wanted or Path(tempfile.mkdtemp(prefix="stagecraft-"))
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"?" * LOG_BYTES_MIN)
-    except OSError as error:
-        place = wanted or "the temporary folder"
-        fail(f"cannot write logs to {place}: {error.strerror or error}; name another folder with --log-dir")
-    return folder, wanted is None
 
 
 def _window_s(text: str) -> int:

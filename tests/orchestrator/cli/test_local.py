@@ -108,7 +108,7 @@ def test_one_bad_manifest_and_nothing_is_applied(stagecraft: Stagecraft, write: 
         one["spec"]["template"]["spec"]["containerConcurency"] = 1
     done = stagecraft("local", "apply", "-f", write("all.yaml", config_map("config-b"), *bad))
     assert (done.code, done.out) == (1, "")
-    problems = done.err.splitlines()
+    problems = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(problems) == 2
     for line in problems:
         assert re.match(r"error: .*all\.yaml:\d+: .*containerConcurency", line)
@@ -150,7 +150,51 @@ def test_apply_waits_no_longer_than_it_may(stagecraft: Stagecraft) -> None:
     done = stagecraft("local", "apply", "-f", "-", "--timeout", "500ms", input=yaml.safe_dump(slow))
     stagecraft("local", "delete", "ksvc", "slow")
     assert done.code == 1
-    assert "service slow is not ready in time: Deploying" in done.err
+    said = "service slow is not ready in time: Deploying: Revision slow-00001 is not ready yet: .*127.0.0.1:"  # its pod
+    assert re.search(said, done.err)
+
+
+def test_each_setting_without_effect_is_a_warning_of_its_own(stagecraft: Stagecraft) -> None:
+    network = config_map("config-network", x="1")
+    network["metadata"]["namespace"] = "knative-serving"
+    web = service("web")
+    web["metadata"]["annotations"] = {"serving.knative.dev/crator": "me"}
+    done = stagecraft("local", "apply", "-f", "-", "--dry-run", input=yaml.safe_dump_all([network, web]))
+    assert done.code == 0, done.err
+    assert [line.split(": ")[2] for line in done.err.splitlines() if line.startswith("warning: ")] == [
+        "config-network has no effect",
+        'Knative knows no annotation "serving.knative.dev/crator"',
+    ]
+
+
+class Story:
+    """A client whose services are, look for look, as the story has it."""
+
+    def __init__(self, *looks: dict[str, dict[str, str]]) -> None:
+        self._looks = iter(looks)
+
+    def get(self, _kind: str) -> list[dict[str, Any]]:
+        return [
+            {"metadata": {"namespace": "default", "name": name}, "status": {"conditions": [{"type": "Ready", **ready}]}}
+            for name, ready in next(self._looks).items()
+        ]
+
+
+def test_only_what_changed_is_said_while_several_are_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    from orchestrator.cli.readiness import wait_ready
+
+    one, two = ({"status": "Unknown", "reason": "Deploying", "message": text} for text in ("loads", "probe failed"))
+    looks = ({"a": one, "b": one}, {"a": one, "b": two}, {"a": two, "b": two}, {"a": two, "b": {"status": "True"}})
+    story: Any = Story(*looks, {"a": {"status": "True"}})
+    assert wait_ready(story, [("default", "a"), ("default", "b")], timeout_s=60)
+    assert [line.rstrip() for line in capsys.readouterr().err.splitlines()] == [
+        "service a: Deploying: loads",
+        "service b: Deploying: loads",
+        "service b: Deploying: probe failed",
+        "service a: Deploying: probe failed",
+        "service b is ready at",
+        "service a is ready at",
+    ]
 
 
 def test_objects_are_listed_as_kubectl_does(hello: str, stagecraft: Stagecraft) -> None:
@@ -254,12 +298,13 @@ def test_a_platform_ends_with_ctrl_c_and_takes_its_replicas_along(
 ) -> None:
     path = write("web.yaml", service("web"))
     with start_platform("short", "-f", str(path)) as running:
+        assert httpx.get(running.facts["metrics_url"]).status_code == 200
         url = f"{running.facts['url']}/default/web/"
         assert httpx.get(url, timeout=30).status_code == 200
         children = psutil.Process(running.process.pid).children(recursive=True)
         assert children
         code, errors = running.end()
-    assert (code, "Traceback" in errors) == (0, False)
+    assert (code, "Traceback" in errors, "stopping:" in errors) == (0, False, False)
     assert not any(child.is_running() for child in children)
     assert not Path(running.facts["log_dir"]).exists()
     assert "short.json" not in os.listdir(runtime)
@@ -279,13 +324,49 @@ def test_a_platform_that_was_killed_is_no_longer_found(
     assert not Path(running.facts["control"]).exists()
 
 
-def test_an_occupied_port_is_told(stagecraft: Stagecraft, runtime: Path) -> None:
+SLOW = (
+    "import http.server, os, time\n"
+    "class Handler(http.server.BaseHTTPRequestHandler):\n"
+    "    def do_GET(self): time.sleep(600)\n"
+    "http.server.ThreadingHTTPServer(('127.0.0.1', int(os.environ['PORT'])), Handler).serve_forever()"
+)
+
+
+def test_ctrl_c_says_what_it_waits_for_and_a_second_one_does_not_wait(
+    start_platform: Callable[..., Any], stagecraft: Stagecraft, write: Callable[..., Path]
+) -> None:
+    path = write("slow.yaml", service("slow", SLOW))
+    with (
+        start_platform("stopped", "-f", str(path)) as running,
+        socket.create_connection(("127.0.0.1", httpx.URL(running.facts["url"]).port)) as client,
+    ):
+        client.sendall(b"GET /default/slow/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not in_flight(stagecraft, "stopped"):
+            pass
+        running.process.send_signal(signal.SIGINT)
+        said = next(line for line in running.process.stderr if line.startswith("stopping"))
+        assert said == "stopping: 1 request is running and has 5 s; Ctrl-C again ends now\n"
+        code, errors = running.end()
+    assert (code, "Traceback" in errors) == (0, False)
+
+
+def in_flight(stagecraft: Stagecraft, name: str) -> int:
+    revisions = json.loads(stagecraft("status", "--json", "--platform", name).out)["revisions"]
+    return sum(revision["in_flight"] for revision in revisions)
+
+
+@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
+def test_an_occupied_port_is_told_once_and_nothing_is_left(runtime: Path, tmp_path: Path, option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "STAGECRAFT_RUNTIME_DIR": str(runtime)}
-        argv = [sys.executable, "-m", "orchestrator.cli", "local", "start", "--name", "late", "--port", str(port)]
-        done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert str(port) in done.stderr
-    assert "Traceback" not in done.stderr
+        port = str(taken.getsockname()[1])
+        env = {
+            **os.environ, "PYTHONPATH": str(ROOT), "STAGECRAFT_RUNTIME_DIR": str(runtime), "TMPDIR": str(tmp_path)
+        }  # fmt: skip
+        argv = [sys.executable, "-m", "orchestrator.cli", "local", "start", "--name", "late", "--port", "0"]
+        done = subprocess.run([*argv, option, port], capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port}: Address already in use")
+    advice = "; choose another with --port, --metrics-port or --host; port 0 takes any free one\n"
+    assert done.stderr.endswith(advice)
+    assert done.stderr.count("choose another") == 1
+    assert not list(tmp_path.glob("stagecraft-*"))

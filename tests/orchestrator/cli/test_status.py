@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import os
 import pty
+import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -16,6 +21,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from knative.control import control_api
 from orchestrator.cli.objects_view import duration
 from orchestrator.cli.status_view import sparkline, status_view
 from orchestrator.cli.top import HISTORY, Histories
@@ -61,7 +67,7 @@ def status(*revisions: dict[str, Any]) -> dict[str, Any]:
 def shown(seen: dict[str, Any], histories: Histories | None = None, width: int = 160) -> list[str]:
     out = StringIO()
     console = Console(file=out, width=width, highlight=False)
-    console.print(status_view(seen, None if histories is None else histories.cells()))
+    console.print(status_view(seen, None if histories is None else histories.series()))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
@@ -92,6 +98,62 @@ def test_a_namespace_is_shown_when_there_are_several() -> None:
     assert [line.split()[0] for line in lines[2:4]] == ["default/demo-00001", "other/demo-00001"]
 
 
+@pytest.mark.parametrize("width", range(40, 200, 4))
+@pytest.mark.parametrize("with_graphs", [False, True])
+def test_no_width_cuts_a_number_or_what_tells_names_apart(width: int, with_graphs: bool) -> None:
+    stages = busy("qwen2-5-0-5b-instruct-stage-0"), busy("qwen2-5-0-5b-instruct-stage-1")
+    histories = Histories() if with_graphs else None
+    if histories is not None:
+        histories.add(status(*stages))
+    _, headings, *rows = shown(status(*stages), histories, width)
+    for number, row in enumerate(rows):
+        assert len(row) <= width
+        name, *cells = row.split()
+        assert re.search(rf"stage-{number}(-00001)?$|…(.*-)?{number}$", name)
+        assert {"10/123", "1234", "5678"} <= set(cells), row
+        assert not any("…" in cell for cell in cells)
+    assert headings.split()[:1] == ["revision"]
+    assert "…" not in headings
+
+
+@pytest.mark.parametrize(
+    ("width", "with_graphs", "headings"),
+    [
+        (120, False, "revision state ready starting draining failed stable panic target waiting in flight mode"),
+        (80, False, "revision state ready + - ! stable panic target waiting in flight mode"),
+        (120, True, "revision state ready + - ! stable panic target waiting in flight mode load replicas"),
+        (100, True, "revision state ready + - ! stable panic target waiting in flight mode load replicas"),
+        (80, True, "revision state ready + - ! stable panic target waiting in flight load"),
+    ],
+)
+def test_a_narrower_table_has_fewer_columns(width: int, with_graphs: bool, headings: str) -> None:
+    seen = status(revision("demo-stage-0-00001", service="demo-stage-0", draining=2, failed=1))
+    histories = Histories() if with_graphs else None
+    if histories is not None:
+        histories.add(seen)
+    lines = shown(seen, histories, width)
+    assert " ".join(lines[1].split()) == headings
+    if "+ - !" in headings:
+        assert "+1 -2 !1" in lines[2]
+
+
+def test_a_short_name_is_the_services_where_it_has_one_revision() -> None:
+    seen = status(
+        revision("a-00001", service="a"),
+        revision("b-00001", service="b"),
+        revision("b-00002", service="b"),
+        revision("c-first", service="c"),
+    )
+    assert [line.split()[0] for line in shown(seen, width=80)[2:]] == ["a", "b-00001", "b-00002", "c-first"]
+
+
+def busy(service: str) -> dict[str, Any]:
+    """A revision with large numbers everywhere."""
+    counts = {"ready": 10, "desired": 123, "starting": 100, "draining": 11, "waiting": 1234, "in_flight": 5678}
+    averages = {"stable": 1234.5, "panic": 999.7, "target": 123.4, "panic_mode": True}
+    return revision(f"{service}-00001", service=service, state="Activating", **counts, **averages)
+
+
 def test_what_is_wrong_stands_below_once() -> None:
     pods = [
         {"name": "demo-00001-a", "phase": "backoff", "restarts": 2, "age_s": 65.0, "message": "same"},
@@ -119,7 +181,7 @@ def test_top_forgets_a_revision_that_is_gone() -> None:
     histories = Histories()
     histories.add(status(revision("a"), revision("b")))
     histories.add(status(revision("b")))
-    assert list(histories.cells()) == ["default/b"]
+    assert list(histories.series()) == ["default/b"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +244,55 @@ def test_top_gives_the_terminal_back_after_ctrl_c(runtime: Path) -> None:
     assert code == 0
     assert text.index(b"\x1b[?1049h") < text.index(b"tests") < text.index(b"\x1b[?1049l")
     assert b"Traceback" not in text
+
+
+class Looks:
+    """A platform that always looks the same."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self, seen: dict[str, Any]) -> None:
+        self._seen = seen
+
+    def status(self) -> dict[str, Any]:
+        return self._seen
+
+
+@pytest.mark.parametrize("command", ["status", "top"])
+async def test_terminals_of_80_100_and_120_columns_show_all_numbers(tmp_path: Path, command: str) -> None:
+    platform: Any = Looks(status(busy("demo"), busy("demo-stage-0"), busy("demo-stage-1")))
+    os.chmod(tmp_path, 0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STAGECRAFT_RUNTIME_DIR", str(tmp_path))
+        async with control_api(platform, "home", tmp_path):
+            widths = (80, 100, 120)
+            screens = await asyncio.gather(*(asyncio.to_thread(screen, command, width) for width in widths))
+    for width, lines in zip(widths, screens, strict=True):
+        rows = [line for line in lines if re.match(r"demo(-stage-.)?(-00001)? ", line)]
+        assert len(rows) == 3, lines
+        for row in rows:
+            assert {"10/123", "1234", "1000!", "5678"} <= set(row.split()), row
+            assert len(row) <= width
+            assert "…" not in row
+
+
+def screen(command: str, columns: int) -> list[str]:
+    """The first picture of a command in a terminal that wide, without colours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    env |= {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    argv = [sys.executable, "-m", "orchestrator.cli", command]
+    with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True) as process:
+        os.close(theirs)
+        try:
+            text = read_until(ours, b"demo-stage-1")
+            text += read_until(ours, b"\n")  # the rest of its row
+        finally:
+            process.kill()
+            os.close(ours)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.decode())
+    return [line.strip() for line in re.split(r"[\r\n]+", plain.split("platform home")[1])]  # top draws again
 
 
 def read_until(fd: int, mark: bytes | None) -> bytes:
