@@ -54,7 +54,7 @@ class LogFile:
 
 
 class Revision:
-    """A revision's whole life. Not started until the first `tick`; `close` ends all of it."""
+    """A revision's whole life, from `open` to `close`; between them `tick` is to be called every second."""
 
     def __init__(
         self,
@@ -106,14 +106,6 @@ class Revision:
         self._resolve()
 
     # -- what the controllers above use
-
-    @property
-    def spec(self) -> ScalerSpec:
-        return self._spec
-
-    @property
-    def reachable(self) -> bool:
-        return self._reachable
 
     @property
     def ready_replicas(self) -> list[Replica]:
@@ -324,7 +316,6 @@ class Revision:
             self._node.kubelet.give_back(replica.port)
         log.info("replica_gone", revision=self.id.name, replica=replica.name)
         self._reconcile()
-        self._changed(self)
 
     def _start_replica(self) -> None:
         if self._command is None:

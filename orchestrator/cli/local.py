@@ -14,6 +14,7 @@ import typer
 
 from orchestrator.cli.console import fail, note, write_text
 from orchestrator.cli.log_folder import log_folder
+from orchestrator.cli.options import duration_s
 from orchestrator.cli.platform_client import (
     PlatformOption,
     complete_kind,
@@ -105,7 +106,7 @@ def start(
     with readable_errors():
         documents = read_manifests(filename or [])
     table = _image_table(images)
-    quiet_s = _duration_s("--drain-quiet", drain_quiet)
+    quiet_s = duration_s("--drain-quiet", drain_quiet)
     _check_names(name, default_service)
     with log_folder(log_dir) as folder:
         settings = PlatformSettings(
@@ -145,7 +146,7 @@ def apply(
     from orchestrator.cli.manifests import read_manifests
     from orchestrator.cli.readiness import wait_ready
 
-    timeout_s = _duration_s("--timeout", timeout)
+    timeout_s = duration_s("--timeout", timeout)
     with readable_errors():
         documents = read_manifests(_needed(filename))
     if not documents:
@@ -306,18 +307,6 @@ def _needed(filename: list[str] | None) -> list[str]:
     if not filename:
         fail("name a manifest, a folder of them, or - with -f", 2)
     return filename
-
-
-def _duration_s(option: str, text: str) -> float:
-    from knative.autoscaler.durations import parse_duration_s
-
-    try:
-        seconds = parse_duration_s(text)
-    except ValueError:
-        seconds = -1.0
-    if seconds < 0:
-        fail(f"{option}: {text!r} is no duration such as 500ms, 30s or 1m30s", 2)
-    return seconds
 
 
 def _in_files(filename: list[str]) -> list[tuple[str, str, str]]:

@@ -21,6 +21,7 @@ import typer
 
 from orchestrator.cli.console import fail, note
 from orchestrator.cli.log_folder import log_folder
+from orchestrator.cli.options import duration_s
 from orchestrator.cli.running_platform import problems_of, stop_told, tell_problems
 
 if TYPE_CHECKING:
@@ -376,28 +377,16 @@ def _bytes(option: str, text: str) -> int:
 
 
 def _window_s(text: str) -> int:
-    seconds = _duration_s("--window", text)
+    seconds = duration_s("--window", text)
     if not 6 <= seconds <= 3600 or seconds != int(seconds):
         fail(f"--window: {text!r} must be whole seconds from 6s to 1h", 2)
     return int(seconds)
 
 
 def _grace_s(text: str) -> float:
-    seconds = _duration_s("--grace", text)
+    seconds = duration_s("--grace", text)
     if not seconds:
         fail(f"--grace: {text!r} must be more than 0, such as 1s", 2)
-    return seconds
-
-
-def _duration_s(option: str, text: str) -> float:
-    from knative.autoscaler.durations import parse_duration_s
-
-    try:
-        seconds = parse_duration_s(text)
-    except ValueError:
-        seconds = -1.0
-    if seconds < 0:
-        fail(f"{option}: {text!r} is no duration such as 500ms, 30s or 1m30s", 2)
     return seconds
 
 
