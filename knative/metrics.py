@@ -39,7 +39,6 @@ class Metrics:
     """One registry for a platform. `revisions` gives what exists when somebody scrapes."""
 
     def __init__(self, revisions: Callable[[], Iterable[Revision]]) -> None:
-        self._revisions = revisions
         self._registry = CollectorRegistry()
         self._duration = Histogram(
             "kn_serving_invocation_duration_seconds",

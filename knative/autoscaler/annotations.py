@@ -6,8 +6,8 @@ form, "what is wrong: which key".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from knative.autoscaler.durations import format_duration, parse_duration_s
 from knative.autoscaler.values import INT32_MAX, OutOfRange, format_number, parse_float, parse_int32
@@ -31,6 +31,7 @@ PANIC_THRESHOLD_PERCENTAGE = (110.0, 1000.0)
 
 _WHOLE_SECONDS = "must be specified with at most second precision"
 
+T = TypeVar("T")
 Found = tuple[str, str]
 """The key as written, and its value."""
 
@@ -64,6 +65,20 @@ def _invalid(found: Found) -> tuple[str, str]:
 
 def _out_of_bounds(found: Found, low: str, high: str) -> tuple[str, str]:
     return f"expected {low} <= {found[1]} <= {high}", found[0]
+
+
+def _read(
+    annotations: Mapping[str, str], name: str, parse: Callable[[str], T]
+) -> Generator[tuple[str, ...], None, tuple[Found, T] | None]:
+    """What stands under `name`, with its value; None if nothing does, or if it cannot be read, which is told."""
+    found = find(annotations, name)
+    if found is None:
+        return None
+    try:
+        return found, parse(found[1])
+    except ValueError:
+        yield _invalid(found)
+        return None
 
 
 def _check_class(annotations: Mapping[str, str], config: AutoscalerConfig) -> Problems:
@@ -108,14 +123,10 @@ def _check_limit(key: str, high: int, limit: int) -> Problems:
 
 
 def _check_activation_scale(annotations: Mapping[str, str], low: int, high: int) -> Problems:
-    found = find(annotations, "activation-scale")
-    if found is None:
+    read = yield from _read(annotations, "activation-scale", parse_int32)
+    if read is None:
         return
-    try:
-        scale = parse_int32(found[1])
-    except ValueError:
-        yield _invalid(found)
-        return
+    found, scale = read
     if low > scale:
         yield f"min-scale={low} is greater than activation-scale={scale}", found[0]
     elif high and high < scale:
@@ -125,14 +136,10 @@ def _check_activation_scale(annotations: Mapping[str, str], low: int, high: int)
 
 
 def _check_initial_scale(annotations: Mapping[str, str], config: AutoscalerConfig) -> Problems:
-    found = find(annotations, "initial-scale")
-    if found is None:
+    read = yield from _read(annotations, "initial-scale", parse_int32)
+    if read is None:
         return
-    try:
-        scale = parse_int32(found[1])
-    except ValueError:
-        yield _invalid(found)
-        return
+    found, scale = read
     if scale < 0:
         yield f"invalid value: {scale}", f"{found[0]} must be greater than 0"
     elif scale == 0 and not config.allow_zero_initial_scale:
@@ -148,14 +155,10 @@ _FLOAT_RANGES = {
 
 def _check_numbers(annotations: Mapping[str, str], config: AutoscalerConfig) -> Problems:
     for name in (*_FLOAT_RANGES, "target", "target-burst-capacity"):
-        found = find(annotations, name)
-        if found is None:
+        read = yield from _read(annotations, name, parse_float)
+        if read is None:
             continue
-        try:
-            value = parse_float(found[1])
-        except ValueError:
-            yield _invalid(found)
-            continue
+        found, value = read
         low, high = _FLOAT_RANGES.get(name, (value, value))
         if not low <= value <= high:
             yield _out_of_bounds(found, format_number(low), format_number(high))
@@ -174,14 +177,10 @@ _DURATION_RANGES_S = {  # and whether only whole seconds will do
 
 def _check_durations(annotations: Mapping[str, str], config: AutoscalerConfig) -> Problems:
     for name, (low_s, whole) in _DURATION_RANGES_S.items():
-        found = find(annotations, name)
-        if found is None:
+        read = yield from _read(annotations, name, parse_duration_s)
+        if read is None:
             continue
-        try:
-            value_s = parse_duration_s(found[1])
-        except ValueError:
-            yield _invalid(found)
-            continue
+        found, value_s = read
         if not low_s <= value_s <= WINDOW_MAX_S:
             yield _out_of_bounds(found, format_duration(low_s), format_duration(WINDOW_MAX_S))
         elif whole and not value_s.is_integer():

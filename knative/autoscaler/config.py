@@ -64,8 +64,7 @@ class AutoscalerConfig:
                     values[field] = parse(data[key])
                 except ValueError as error:
                     problems.append(f'failed to parse "{key}": {error}')
-        # the mapping of keys to typed fields is beyond mypy
-        config = cls(**values)  # type: ignore[arg-type]
+        config = cls(**values)  # type: ignore[arg-type]  # the mapping of keys to typed fields is beyond mypy
         problems.extend(_complaints(config))
         if problems:
             raise ValidationError(problems)
