@@ -1,6 +1,7 @@
 # The same few commands for everybody; .ci/run calls `make lint` and `make test`.
 #
 #   make run ONCE=1 MODEL=path/to/checkpoint STAGES=3 PROMPT="Once upon a time"
+#   make images REGISTRY=registry.example.com/team TAG=1.0 VARIANT=cuda ENGINE=podman
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -16,9 +17,16 @@ ONCE    ?=
 TESTS   ?= tests
 WORKERS ?= 2
 
+REGISTRY ?=
+TAG      ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VARIANT  ?= cpu
+ENGINE   ?= $(shell command -v docker >/dev/null && echo docker || echo podman)
+BUILD_ARGS ?=
+IMAGES   := $(if $(REGISTRY),$(REGISTRY:/=)/)stagecraft
+
 export PROMPT
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench clean
+.PHONY: help run test test-slow lint format bench images clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +36,9 @@ run: $(STAMP) ## serve the demonstration model in 2 stages and send one prompt; 
 
 test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(TESTS)
+
+test-slow: $(STAMP) ## run the tests that install packages, too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 $(TESTS)
 
 lint: $(STAMP) ## check style (ruff) and types (mypy --strict)
 	$(BIN)/ruff check .
@@ -41,6 +52,15 @@ format: $(STAMP) ## rewrite the code in the project's style
 bench: $(STAMP) ## measure, and print a table and a JSON line for each benchmark
 	$(BIN)/python -m benchmarks
 
+images: ## build the container images; REGISTRY=, TAG=, VARIANT=cpu|cuda, ENGINE=docker|podman
+	@case '$(VARIANT)' in cpu | cuda) ;; *) echo "VARIANT must be cpu or cuda, got '$(VARIANT)'" >&2; exit 2 ;; esac
+	@command -v '$(ENGINE)' >/dev/null || { \
+	  echo "images are built by docker or podman, and there is no '$(ENGINE)' here: install one, or name it with ENGINE=" >&2; exit 1; }
+	@$(ENGINE) info >/dev/null 2>&1 || { \
+	  echo "'$(ENGINE) info' fails: is its daemon running, and may you use it? Run it to see the reason" >&2; exit 1; }
+	$(ENGINE) build $(BUILD_ARGS) -f functions/Dockerfile --build-arg VARIANT=$(VARIANT) -t $(IMAGES)/stage:$(TAG)$(if $(filter cuda,$(VARIANT)),-cuda) .
+	$(ENGINE) build $(BUILD_ARGS) -f orchestrator/Dockerfile -t $(IMAGES)/orchestrator:$(TAG) .
+
 clean: ## remove everything that make has made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -51,5 +71,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Stagecraft needs Python 3.11; '$(PYTHON)' is not. Install it, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,s3,gcs]'
 	@touch $@

@@ -18,8 +18,8 @@ from functions.contract.checkpoint import open_checkpoint
 from knative.client import Client
 from knative.errors import KnativeError
 from knative.resources.documents import parse_documents
-from orchestrator.manifests import Deployable, Scaling
 from orchestrator.planner import plan_by_stages
+from orchestrator.render.deployment import Deployment, Scaling, WeightSource
 
 NAMESPACE = "default"
 SCALING = "autoscaling.knative.dev"
@@ -94,11 +94,13 @@ async def running_platform(
             yield platform
 
 
-def deployable(model: Path, name: str, stages: int, threads: int, scaling: Scaling, **options: Any) -> Deployable:
+def deployable(model: Path, name: str, stages: int, threads: int, scaling: Scaling, **options: Any) -> Deployment:
     """The model in `stages` stages on the CPU in float32, under service names that begin with `name`."""
     plan = plan_by_stages(open_checkpoint(str(model)), stages, dtype="float32", name=name, model=str(model))
-    memory = {"kv_bytes_max": 256 << 20}
-    return Deployable(plan, NAMESPACE, scaling, device="cpu", threads_per_stage=threads, **(memory | options))
+    memory = {"kv_bytes_max": 256 << 20, "weights": WeightSource(f"file://{model}")}
+    return Deployment(
+        plan, namespace=NAMESPACE, scaling=scaling, device="cpu", threads_per_stage=threads, **(memory | options)
+    )
 
 
 def service(name: str, image: str, annotations: Mapping[str, str], env: Mapping[str, str] | None = None,

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,10 +31,8 @@ _SOURCE = Path(__file__).parent / "main.py"
 def serve(fd: int | None = None) -> int:
     """Serves on the inherited socket `fd`, else on HOST and PORT. Returns the exit code."""
     configure_logs(as_json=not sys.stderr.isatty())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn ends on these and then raises them once more for whoever was there before: nobody
-        signal.signal(number, lambda *_: None)
     try:
+        _check_temporary_folder()
         app = create_asgi_app("stage", str(_SOURCE), "http")
         host, port = os.environ.get("HOST", "0.0.0.0"), _port()
     except SettingsError as error:
@@ -43,8 +42,12 @@ def serve(fd: int | None = None) -> int:
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=3600)
     # given as a socket: from a number uvicorn makes a Unix one, and replies then wait for delayed acknowledgements
     inherited = None if fd is None else [socket.socket(fileno=fd)]
+    server = _Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # already now, and once more at the end: uvicorn raises what it got again, for whoever listened before it
+        signal.signal(number, server.handle_exit)
     _service().start()
-    return uvloop.run(_serve(_Server(config), inherited))  # a 16 MB hop takes half as long as under asyncio's loop
+    return uvloop.run(_serve(server, inherited))  # a 16 MB hop takes half as long as under asyncio's loop
 
 
 class _Server(uvicorn.Server):
@@ -73,6 +76,16 @@ async def _stop_on_failure(server: uvicorn.Server) -> None:
 
 def _service() -> Any:
     return sys.modules["main"].service  # Functions Framework files the source under its stem
+
+
+def _check_temporary_folder() -> None:
+    """torch makes a folder for its caches while it is imported, and ends with a trace where it cannot."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"{error.strerror}; a stage needs one: mount an emptyDir at /tmp, or name another folder with TMPDIR"
+        ) from None
 
 
 def _port() -> int:

@@ -21,6 +21,7 @@ from functions.contract.checkpoint import CheckpointError, open_checkpoint
 from functions.contract.errors import InvalidEvent, NotReady, PlanMismatch, StageError, StageFailure
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
+from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.messages import StageInfo, Step, decode_release
 from functions.runner import load_runner
 from functions.settings import SettingsError, StageSettings
@@ -198,9 +199,11 @@ def _settle(loading: Future[Stage], outcome: Stage | Exception) -> None:
 
 def _load_stage(settings: StageSettings) -> Stage:
     """Raises CheckpointError and SettingsError."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if (threads := settings.torch_threads()) != torch.get_num_threads():
+        torch.set_num_threads(threads)
     device = settings.torch_device()
-    checkpoint = open_checkpoint(settings.model)
+    location = checkpoint_location(settings.model)
+    wait_for_checkpoint(location, settings.model_wait_s)
+    checkpoint = open_checkpoint(location)
     runner = load_runner(checkpoint, settings.blocks, settings.torch_dtype(checkpoint, device), device)
     return Stage(runner, settings.kv_budget_bytes(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import psutil
@@ -10,7 +11,9 @@ import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from functions.cgroup import CGROUP_ROOT, cpu_limit, memory_available_bytes
 from functions.contract.checkpoint import Checkpoint
+from functions.contract.location import default_wait_s
 from functions.contract.spans import BlockSpan
 
 _CPU_KV_BYTES_MAX = 4 << 30
@@ -27,7 +30,10 @@ class StageSettings(BaseSettings):
         env_prefix="STAGE_", extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=()
     )
 
-    model: str = Field(description="folder or URL of the checkpoint")
+    model: str = Field(description="folder or URL of the checkpoint, or demo")
+    model_wait_s: float = Field(
+        default_factory=default_wait_s, ge=0, description="seconds to wait for a folder that appears late"
+    )
     blocks: Annotated[BlockSpan, NoDecode] = Field(description="START:END, half-open")
     index: int = Field(0, ge=0, description="number of this stage, from 0")
     count: int = Field(1, ge=1, description="number of stages")
@@ -40,7 +46,7 @@ class StageSettings(BaseSettings):
         1.0, gt=0, le=1, description="this stage's part of that share, when others share the device"
     )
     body_bytes_max: int = Field(1 << 30, gt=0, description="largest event taken, in bytes")
-    threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves its default")
+    threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its default, at most the CPU limit")
     replica: str = Field("", description="HOST:PORT that reaches this replica; found out if not set")
 
     @field_validator("blocks", mode="before")
@@ -71,14 +77,25 @@ class StageSettings(BaseSettings):
         saved = checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype") or "bfloat16"
         return getattr(torch, str(saved).removeprefix("torch."), torch.bfloat16)
 
-    def kv_budget_bytes(self, device: torch.device) -> int:
-        """What was set, else 85 % of the GPU's free memory, or a quarter of the host's (at most 4 GiB), times the part
-        that is this stage's."""
+    def kv_budget_bytes(self, device: torch.device, cgroup_root: Path = CGROUP_ROOT) -> int:
+        """What was set, else 85 % of the GPU's free memory, or a quarter of the host's or container's (at most 4 GiB),
+        times the part that is this stage's."""
         if self.kv_bytes_max is not None:
             return self.kv_bytes_max
         if device.type == "cuda":
             return int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE * self.kv_share)
-        return int(min(_CPU_KV_BYTES_MAX, psutil.virtual_memory().available * _CPU_KV_SHARE) * self.kv_share)
+        return int(min(_CPU_KV_BYTES_MAX, _memory_available_bytes(cgroup_root) * _CPU_KV_SHARE) * self.kv_share)
+
+    def torch_threads(self, cgroup_root: Path = CGROUP_ROOT) -> int:
+        """What was set, else torch's own choice (a thread a core), or fewer where the container's CPU limit is below:
+        threads beyond it would only use up its share sooner and then stand still together."""
+        own_choice = torch.get_num_threads()
+        return self.threads or min(own_choice, cpu_limit(cgroup_root) or own_choice)
+
+
+def _memory_available_bytes(cgroup_root: Path) -> int:
+    node, container = psutil.virtual_memory().available, memory_available_bytes(cgroup_root)
+    return node if container is None else min(node, container)
 
 
 def read_settings() -> StageSettings:

@@ -28,7 +28,9 @@ from knative.errors import KnativeError, NotFound, ValidationError
 from knative.log_lines import LogFile, log_lines
 from knative.resources.documents import Document
 
-KINDS = ("service", "revision", "pod", "configmap")
+KINDS = (
+    "service", "revision", "pod", "configmap", "inferenceservice", "servingruntime", "clusterservingruntime",
+)  # fmt: skip
 APPLY_BYTES_MAX = 16 << 20
 SHUTDOWN_S = 1.0  # for replies under way
 

@@ -1,5 +1,6 @@
 """Knative Serving on one machine, in one process: what `stagecraft local start` and `stagecraft up` run.
 
+    InferenceService -> Service          as KServe translates it (knative/resources)
     manifests -> ServiceController -> Revision -> Replica        a process behind its queue-proxy
     requests  -> Ingress -> Revision (activator or direct) -> Replica
     clock     -> Platform._turn -> Revision.tick                 the autoscaler
@@ -24,8 +25,9 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from knative.autoscaler.config import AutoscalerConfig
-from knative.errors import NotFound, Unavailable
+from knative.errors import NotFound, Unavailable, ValidationError
 from knative.images import Command, Images
+from knative.inference import inference_status
 from knative.kubelet.kubelet import Kubelet
 from knative.kubelet.pod import Pod
 from knative.metrics import Metrics
@@ -36,7 +38,7 @@ from knative.network.tunnel import Target, Tunnel
 from knative.node import Node
 from knative.resources.config_maps import DefaultsConfig, FeaturesConfig
 from knative.resources.documents import SYSTEM_NAMESPACE, Document, parse
-from knative.resources.objects import ConfigMap, Resource, Service
+from knative.resources.objects import ConfigMap, InferenceService, Resource, Service, ServingRuntime
 from knative.resources.service import Settings
 from knative.revision import LogFile, Revision
 from knative.service import ServiceController
@@ -87,6 +89,8 @@ class Platform:
         self.started = datetime.now(UTC)
         self._services: dict[tuple[str, str], ServiceController] = {}
         self._leaving: set[ServiceController] = set()
+        self._inference_services: dict[tuple[str, str], InferenceService] = {}  # their Services are in _services
+        self._runtimes: dict[tuple[str, str], ServingRuntime] = {}
         self._config_maps: dict[tuple[str, str], ConfigMap] = {}
         self._settings_in_force = Settings()
         self._metrics = Metrics(self._revisions)
@@ -159,6 +163,7 @@ class Platform:
             await asyncio.gather(self._turning, return_exceptions=True)
         await asyncio.gather(self._ingress.close(), self._tunnel.close(), self._metrics_page.close())
         await asyncio.gather(*(controller.close() for controller in (*self._services.values(), *self._leaving)))
+        self._inference_services.clear()
         self._services.clear()
         await self._kubelet.close(now=True)
         await self._session.close()
@@ -198,10 +203,16 @@ class Platform:
     async def apply(self, documents: Sequence[Document], *, dry_run: bool = False) -> list[Applied]:
         """Takes over manifests. Raises ValidationError, and then nothing has been applied."""
         known = self._settings_in_force
-        parsed = parse(documents, autoscaler=known.autoscaler, defaults=known.defaults, features=known.features)
+        parsed = parse(
+            documents,
+            autoscaler=known.autoscaler,
+            defaults=known.defaults,
+            features=known.features,
+            runtimes=tuple(self._runtimes.values()),
+            inference_services=tuple(self._inference_services.values()),
+        )
         for resource in parsed.resources:
-            if isinstance(resource, Service) and (resource.namespace, resource.name) in self._services:
-                self._services[resource.namespace, resource.name].check(resource)
+            self._check(resource)
         applied = []
         for resource in parsed.resources:  # config maps come first, so that services start by them
             action = self._action(resource)
@@ -215,54 +226,111 @@ class Platform:
         return applied
 
     async def delete(self, kind: str, namespace: str, name: str) -> None:
-        """Returns once nothing of the object is left. Raises NotFound."""
+        """Returns once nothing of the object is left. Raises NotFound, and ValidationError for a Service that belongs
+        to an InferenceService."""
         key = (namespace, name)
         if kind == "service" and key in self._services:
-            controller = self._services.pop(key)
-            self._leaving.add(controller)
-            self._route()
-            await controller.close(gently=True)
-            self._leaving.discard(controller)
+            if owner := self._owner(key):
+                raise ValidationError([f"service {name!r} belongs to inferenceservice {owner.name!r}: delete that"])
+            await self._remove(key)
+        elif kind == "inferenceservice" and key in self._inference_services:
+            service = self._inference_services.pop(key).service
+            await self._remove((service.namespace, service.name))
+        elif kind == "servingruntime" and key in self._runtimes:
+            del self._runtimes[key]
+        elif kind == "clusterservingruntime" and ("", name) in self._runtimes:
+            del self._runtimes["", name]
         elif kind == "configmap" and key in self._config_maps:
             del self._config_maps[key]
             self._reconfigure()
         else:
             raise NotFound(f"{kind} {name!r} not found in namespace {namespace!r}")
 
+    async def _remove(self, key: tuple[str, str]) -> None:
+        """Ends a Service."""
+        controller = self._services.pop(key)
+        self._leaving.add(controller)
+        self._route()
+        await controller.close(gently=True)
+        self._leaving.discard(controller)
+
     def wake(self, services: Sequence[str], namespace: str) -> None:
         """Starts what is at zero, as a request would. Unknown names are overlooked: they may come later."""
         for service in services:
-            controller = self._services.get((namespace, service))
+            controller = self._controller(namespace, service)
             for _, revision in controller.targets() if controller else ():
                 revision.wake()
 
+    def _controller(self, namespace: str, name: str) -> ServiceController | None:
+        """Of a Service, or of the one that an InferenceService of that name owns."""
+        owner = self._inference_services.get((namespace, name))
+        owned = self._services.get((namespace, owner.service.name)) if owner else None
+        return self._services.get((namespace, name)) or owned
+
+    def _owner(self, key: tuple[str, str]) -> InferenceService | None:
+        """The InferenceService that the Service of that name belongs to."""
+        owners = self._inference_services.values()
+        return next((owner for owner in owners if (owner.namespace, owner.service.name) == key), None)
+
+    def _check(self, resource: Resource) -> None:
+        """Raises ValidationError for what cannot be beside what there is."""
+        if isinstance(resource, Service) and (owner := self._owner((resource.namespace, resource.name))):
+            raise ValidationError(
+                [f'Service "{resource.name}" belongs to InferenceService "{owner.name}": change that instead']
+            )
+        service: Resource = resource
+        if isinstance(resource, InferenceService):
+            service, before = resource.service, self._inference_services.get((resource.namespace, resource.name))
+            if before is not None and before.service.name != service.name:
+                runs_as = f'InferenceService "{resource.name}" runs as {before.service.name}'
+                raise ValidationError([f"{runs_as}: spec.predictor.name cannot change"])
+        if isinstance(service, Service) and (service.namespace, service.name) in self._services:
+            self._services[service.namespace, service.name].check(service)
+
     def _action(self, resource: Resource) -> Literal["created", "configured", "unchanged"]:
         key = (resource.namespace, resource.name)
-        if isinstance(resource, ConfigMap):
-            before: Resource | None = self._config_maps.get(key)
-        else:
-            before = self._services[key].service if key in self._services else None
+        before: Resource | None
+        match resource:
+            case ConfigMap():
+                before = self._config_maps.get(key)
+            case ServingRuntime():
+                before = self._runtimes.get(key)
+            case InferenceService():
+                before = self._inference_services.get(key)
+            case Service():
+                before = self._services[key].service if key in self._services else None
         if before is None:
             return "created"
         return "unchanged" if before == resource else "configured"
 
     def _take(self, resource: Resource) -> None:
         key = (resource.namespace, resource.name)
-        if isinstance(resource, ConfigMap):
-            self._config_maps[key] = resource
-            self._reconfigure()
-        elif key in self._services:
-            self._services[key].update(resource)
-        else:
-            self._services[key] = ServiceController(
-                resource,
-                self._node,
-                self._settings_in_force.autoscaler,
-                changed=self._route,
-                wakes=self._wake_along,
-                refuses=self._refuse_along,
-            )
+        match resource:
+            case ConfigMap():
+                self._config_maps[key] = resource
+                self._reconfigure()
+            case ServingRuntime():
+                self._runtimes[key] = resource
+            case InferenceService():
+                self._run(resource.service)
+                self._inference_services[key] = resource
+            case Service():
+                self._run(resource)
         self._route()
+
+    def _run(self, service: Service) -> None:
+        key = (service.namespace, service.name)
+        if key in self._services:
+            self._services[key].update(service)
+            return
+        self._services[key] = ServiceController(
+            service,
+            self._node,
+            self._settings_in_force.autoscaler,
+            changed=self._route,
+            wakes=self._wake_along,
+            refuses=self._refuse_along,
+        )
 
     def _reconfigure(self) -> None:
         data = {
@@ -287,13 +355,16 @@ class Platform:
             routes[f"{name}.{namespace}"] = Route(percents, local)
             tagged = {target.tag: revision for target, revision in targets if target.tag}
             routes |= {f"{tag}-{name}.{namespace}": Route(((100, one),), local) for tag, one in tagged.items()}
+        for (namespace, name), owner in self._inference_services.items():  # their status.address
+            if (route := routes.get(f"{owner.service.name}.{namespace}")) is not None:
+                routes.setdefault(f"{name}.{namespace}", route)
         namespace, _, name = self.settings.default_service.partition("/")
         self._ingress.set_routes(routes, routes.get(f"{name}.{namespace}"))
 
     def _connect_default(self) -> AbstractAsyncContextManager[Target]:
         """Raises Unavailable when the default service has not been applied."""
         namespace, _, name = self.settings.default_service.partition("/")
-        controller = self._services.get((namespace, name))
+        controller = self._controller(namespace, name)
         if controller is None:
             raise Unavailable(f"the default service {self.settings.default_service} has not been applied")
         targets = [revision for target, revision in controller.targets() if target.percent]
@@ -311,9 +382,11 @@ class Platform:
 
     def _refuse_along(self, controller: ServiceController, reason: str) -> None:
         """Who waits for a service that waits for this one waits in vain as well."""
+        owner = self._owner(controller.key)
+        names = {controller.service.name, owner.name if owner else controller.service.name}
         for other in self._services.values():
             same = other.service.namespace == controller.service.namespace
-            if same and controller.service.name in _wakes(other.service):
+            if same and names.intersection(_wakes(other.service)):
                 for revision in other.revisions:
                     revision.refuse_along(reason)
 
@@ -330,13 +403,16 @@ class Platform:
 
     def get(self, kind: str, namespace: str | None) -> list[dict[str, Any]]:
         """Objects as `kubectl get -o json` shows them; `namespace` None: of all."""
-        found = {
+        kinds: Mapping[str, Callable[[], Iterator[dict[str, Any]]]] = {
             "service": self._get_services,
             "revision": self._get_revisions,
             "pod": self._get_pods,
             "configmap": self._get_config_maps,
-        }[kind]()
-        return [one for one in found if namespace is None or one["metadata"]["namespace"] == namespace]
+            "inferenceservice": self._get_inference_services,
+            "servingruntime": lambda: self._get_runtimes(of_cluster=False),
+            "clusterservingruntime": lambda: self._get_runtimes(of_cluster=True),
+        }
+        return [one for one in kinds[kind]() if namespace in (None, one["metadata"].get("namespace", namespace))]
 
     def _get_services(self) -> Iterator[dict[str, Any]]:
         for (namespace, name), controller in sorted(self._services.items()):
@@ -348,6 +424,24 @@ class Platform:
             }
             status = controller.status(self.service_url(namespace, name))
             yield {**manifest, "metadata": metadata, "status": status}
+
+    def _get_inference_services(self) -> Iterator[dict[str, Any]]:
+        for (namespace, name), owner in sorted(self._inference_services.items()):
+            controller = self._services[namespace, owner.service.name]
+            metadata = {
+                **_mapping(owner.manifest.get("metadata")),
+                "generation": controller.generation,
+                "creationTimestamp": _rfc3339(controller.created),
+            }
+            url = self.service_url(namespace, name)
+            predictor = controller.status(self.service_url(namespace, owner.service.name))
+            status = inference_status(predictor, url, f"http://{name}.{namespace}.svc.cluster.local")
+            yield {**owner.manifest, "metadata": metadata, "status": status}
+
+    def _get_runtimes(self, *, of_cluster: bool) -> Iterator[dict[str, Any]]:
+        for (namespace, _), runtime in sorted(self._runtimes.items()):
+            if (namespace == "") == of_cluster:
+                yield self._without_status(runtime.manifest)
 
     def _get_revisions(self) -> Iterator[dict[str, Any]]:
         for revision in self._revisions():
@@ -389,17 +483,22 @@ class Platform:
 
     def _get_config_maps(self) -> Iterator[dict[str, Any]]:
         for _, config_map in sorted(self._config_maps.items()):
-            metadata = {**_mapping(config_map.manifest.get("metadata")), "creationTimestamp": _rfc3339(self.started)}
-            yield {**config_map.manifest, "metadata": metadata}
+            yield self._without_status(config_map.manifest)
+
+    def _without_status(self, manifest: Mapping[str, object]) -> dict[str, Any]:
+        metadata = {**_mapping(manifest.get("metadata")), "creationTimestamp": _rfc3339(self.started)}
+        return {**manifest, "metadata": metadata}
 
     def service_url(self, namespace: str, name: str) -> str:
         """By path, which works without DNS."""
         return f"{self.url}/{namespace}/{name}"
 
     def logs(self, namespace: str, name: str) -> list[LogFile]:
-        """Of a service, a revision or a pod, the oldest first. Raises NotFound."""
+        """Of an inference service, a service, a revision or a pod, the oldest first. Raises NotFound."""
         found = False
         files = []
+        owner = self._inference_services.get((namespace, name))
+        name = owner.service.name if owner and (namespace, name) not in self._services else name
         for revision in self._revisions():
             if revision.id.namespace == namespace:
                 whole = name in (revision.id.service, revision.id.name)
@@ -440,11 +539,21 @@ def _reachable(address: str) -> str:
 
 
 def _wakes(service: Service) -> list[str]:
-    return [name.strip() for name in service.annotations.get(WAKES, "").split(",") if name.strip()]
+    """The annotation may be the Service's; one of an InferenceService comes to the revision template."""
+    given = service.annotations.get(WAKES) or service.template.annotations.get(WAKES, "")
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _kind(resource: Resource) -> str:
-    return "configmap" if isinstance(resource, ConfigMap) else "service.serving.knative.dev"
+    match resource:
+        case ConfigMap():
+            return "configmap"
+        case Service():
+            return "service.serving.knative.dev"
+        case InferenceService():
+            return "inferenceservice.serving.kserve.io"
+        case ServingRuntime():
+            return f"{'' if resource.namespace else 'cluster'}servingruntime.serving.kserve.io"
 
 
 def _rfc3339(moment: datetime) -> str:

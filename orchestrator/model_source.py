@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from functions.contract.checkpoint import INDEX_FILE, Checkpoint, CheckpointError, exists, open_checkpoint, open_file
+from functions.contract.location import DEMO, DEMO_FOLDER
 
-DEMO = "demo"
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "models" / DEMO
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges.txt"]
 NOT_DOWNLOADED = ["*/*", "consolidated*"]  # other formats of the same weights, and what belongs to other programs
 

@@ -17,17 +17,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn, cast
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.nodes import Node, ScalarNode, SequenceNode
 
 from functions.contract.spans import BlockSpan
+from orchestrator.cost import Cost, StageProfile
+from orchestrator.plan_figures import FIGURES_COMMENT, cost_line, profile_lines, read_cost, read_profile
+from orchestrator.plan_reader import PlanError as PlanError  # the plan's errors are part of this module's surface
+from orchestrator.plan_reader import PlanReader, kind_of, listed, scalar
 
 VERSION = 1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -36,27 +37,19 @@ BLOCKS_MAX = 1_000_000  # more than any model has; keeps a slip of the finger ou
 
 _KEYS = ("version", "name", "model", "dtype", "blocks", "fingerprint", "stages")
 _REQUIRED = ("version", "name", "model", "stages")
-_STAGE_KEYS = ("blocks",)
-_TYPES = {
-    "tag:yaml.org,2002:str": "text", "tag:yaml.org,2002:int": "a whole number", "tag:yaml.org,2002:null": "nothing",
-    "tag:yaml.org,2002:float": "a number with a fraction", "tag:yaml.org,2002:bool": "true or false",
-    "tag:yaml.org,2002:seq": "a list", "tag:yaml.org,2002:map": "a mapping", "tag:yaml.org,2002:timestamp": "a date",
-}  # fmt: skip
+_STAGE_KEYS = ("blocks", "cost", "profile")
 _SPAN_FORM = 'blocks must be "START:END" (half-open, counted from 0), such as "0:6"'
-# words that stay the same text for every YAML reader when they stand without quotes
-_PLAIN = re.compile(r"(\.{0,2}/)?[A-Za-z][A-Za-z0-9._/@-]*")
-_YAML_WORDS = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
-
-
-class PlanError(Exception):
-    """The plan cannot be made or used; the text says where (file and line, when read) and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """One stage of a plan."""
+    """One stage of a plan: what it runs, and what that takes, as far as it is known.
+
+    `cost` is counted from the checkpoint's headers, `profile` was measured; both are of these very blocks."""
 
     blocks: BlockSpan
+    cost: Cost | None = None
+    profile: StageProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +125,10 @@ def locate_model(model: str, folder: Path) -> str:
 
 def parse_plan(text: str, source: str = "plan.yaml") -> Plan:
     """The plan in `text`; `source` is the file name for errors. Raises PlanError."""
-    reader = _Reader(source)
-    root = reader.compose(text)
+    reader = PlanReader(source)
+    root = reader.compose(text, _REQUIRED)
     entries = reader.entries(root, "a plan", _KEYS, _REQUIRED)
-    version = reader.whole_number(entries["version"], "version")
+    version = reader.whole_number(entries["version"], "version", BLOCKS_MAX)
     if version != VERSION:
         reader.fail(entries["version"], f"version {version} is not known; this release reads version {VERSION}")
     values: dict[str, str] = {"dtype": "auto"}
@@ -146,15 +139,13 @@ def parse_plan(text: str, source: str = "plan.yaml") -> Plan:
         if key in entries:
             values[key] = reader.text(entries[key], key)
             reader.fail_if(entries[key], check(values[key]))
-    count = reader.whole_number(entries["blocks"], "blocks") if "blocks" in entries else None
+    count = reader.whole_number(entries["blocks"], "blocks", BLOCKS_MAX) if "blocks" in entries else None
     if count == 0:
         reader.fail(entries["blocks"], "blocks must be at least 1: how many the model has")
-    nodes, spans = _stages(reader, entries["stages"])
-    for index, problem_text in _span_problems(spans, count):
+    nodes, stages = _stages(reader, entries["stages"])
+    for index, problem_text in _span_problems([stage.blocks for stage in stages], count):
         reader.fail(nodes[index], problem_text)
-    return Plan(
-        values["model"], values["name"], tuple(map(StageSpec, spans)), values["dtype"], count, values.get("fingerprint")
-    )
+    return Plan(values["model"], values["name"], tuple(stages), values["dtype"], count, values.get("fingerprint"))
 
 
 def dump_plan(plan: Plan, summary: Sequence[str] | None = None) -> str:
@@ -164,107 +155,48 @@ def dump_plan(plan: Plan, summary: Sequence[str] | None = None) -> str:
         "# To edit: move the borders between stages, add or take away stages. Every block belongs to exactly one",
         "# stage, in order; START:END is half-open, counted from 0. Serve it with `stagecraft up --plan FILE`.",
         f"version: {VERSION}",
-        f"name: {_scalar(plan.name)}  # what clients call the model",
-        f"model: {_scalar(plan.model)}  # a folder (./ is this file's), a URL, a hub id (owner/name@revision), or demo",
-        f"dtype: {_scalar(plan.dtype)}  # {' | '.join(DTYPES)}; auto: as the checkpoint says, on CPUs float32",
+        f"name: {scalar(plan.name)}  # what clients call the model",
+        f"model: {scalar(plan.model)}  # a folder (./ is this file's), a URL, a hub id (owner/name@revision), or demo",
+        f"dtype: {scalar(plan.dtype)}  # {' | '.join(DTYPES)}; auto: as the checkpoint says, on CPUs float32",
     ]
     if plan.block_count is not None:
         lines.append(f"blocks: {plan.block_count}  # of the whole model")
     if plan.fingerprint is not None:
         lines.append(f'fingerprint: "{plan.fingerprint}"  # of the checkpoint; remove it to use another one')
+    if any(stage.cost or stage.profile for stage in plan.stages):
+        lines += FIGURES_COMMENT
     lines.append("stages:")
     for index, stage in enumerate(plan.stages):
         if summary is not None:
             lines.append(f"  # {index}: {summary[index]}")
         lines.append(f'  - blocks: "{stage.blocks}"')
+        if stage.cost is not None:
+            lines.append(f"    {cost_line(stage.cost)}")
+        if stage.profile is not None:
+            lines += [f"    {line}" for line in profile_lines(stage.profile)]
     return "\n".join(lines) + "\n"
 
 
-class _Reader:
-    """Walks the nodes that YAML text is made of, which know their lines, and complains in terms of them."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-
-    def compose(self, text: str) -> Node:
-        try:
-            root = YAML(typ="safe", pure=True).compose(text)
-        except MarkedYAMLError as error:
-            self._syntax_error(text, error)
-        except (YAMLError, ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-            raise PlanError(f"{self._source} is not YAML: {reason}") from None
-        if root is None:
-            raise PlanError(f"{self._source} is empty; a plan has {_listed(_REQUIRED)}")
-        return cast(Node, root)
-
-    def fail(self, node: Node, text: str) -> NoReturn:
-        raise PlanError(f"{self._source}:{node.start_mark.line + 1}: {text}")
-
-    def fail_if(self, node: Node, text: str | None) -> None:
-        if text:
-            self.fail(node, text)
-
-    def entries(self, node: Node, what: str, known: Sequence[str], required: Sequence[str]) -> Mapping[str, Node]:
-        """The values of a mapping by key."""
-        if not isinstance(node, MappingNode):
-            self.fail(node, f"{what} is a mapping with {_listed(required)}, got {_kind(node)}")
-        found: dict[str, Node] = {}
-        for key, value in node.value:
-            name = key.value if isinstance(key, ScalarNode) else _kind(key)
-            if name not in known:
-                self.fail(key, f"unknown key {name!r} in {what}; known are {_listed(known)}")
-            if name in found:
-                self.fail(key, f"{name} is given twice, first in line {found[name].start_mark.line + 1}; keep one")
-            if str(value.tag).endswith(":null"):
-                value.start_mark = key.start_mark  # nothing stands where the next thing does, lines further on
-            found[name] = value
-        missing = [name for name in required if name not in found]
-        if missing:
-            self.fail(node, f"{what} lacks {_listed(missing)}; it needs {_listed(required)}")
-        return found
-
-    def text(self, node: Node, what: str) -> str:
-        if not isinstance(node, ScalarNode) or not str(node.tag).endswith(":str"):
-            hint = f'; write it in quotes: "{node.value}"' if isinstance(node, ScalarNode) and node.value else ""
-            self.fail(node, f"{what} must be text, got {_kind(node)}{hint}")
-        return str(node.value)
-
-    def whole_number(self, node: Node, what: str) -> int:
-        plain = isinstance(node, ScalarNode) and str(node.tag).endswith(":int") and re.fullmatch(r"\d{1,9}", node.value)
-        if not plain or int(node.value) > BLOCKS_MAX:
-            self.fail(node, f"{what} must be a whole number in 0..{BLOCKS_MAX}, got {_kind(node)}")
-        return int(node.value)
-
-    def _syntax_error(self, text: str, error: MarkedYAMLError) -> NoReturn:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line if mark is not None else 0
-        lines = text.splitlines()
-        if line < len(lines) and "\t" in lines[line]:
-            problem = "a tab; YAML is indented with spaces only"
-        else:
-            problem = "; ".join(str(part) for part in (error.context, error.problem) if part)
-            problem = f"not YAML: {problem}"
-        raise PlanError(f"{self._source}:{line + 1}: {problem}") from None
-
-
-def _stages(reader: _Reader, node: Node) -> tuple[list[Node], list[BlockSpan]]:
-    """The nodes that give the blocks of each stage, and what they say."""
+def _stages(reader: PlanReader, node: Node) -> tuple[list[Node], list[StageSpec]]:
+    """The stages, and the nodes that give the blocks of each."""
     if not isinstance(node, SequenceNode):
-        reader.fail(node, f'stages is a list with an entry `- blocks: "START:END"` for each stage, got {_kind(node)}')
+        reader.fail(node, f'stages is a list with an entry `- blocks: "START:END"` for each stage, got {kind_of(node)}')
     if not node.value:
         reader.fail(node, "stages is empty; a plan has at least one stage")
-    nodes, spans = [], []
+    nodes, stages = [], []
     for index, item in enumerate(node.value):
-        value = reader.entries(item, f"stage {index}", _STAGE_KEYS, _STAGE_KEYS)["blocks"]
-        nodes.append(value)
-        spans.append(_span(reader, value, index))
-    return nodes, spans
+        what = f"stage {index}"
+        entries = reader.entries(item, what, _STAGE_KEYS, ("blocks",))
+        nodes.append(entries["blocks"])
+        cost = read_cost(reader, entries["cost"], what) if "cost" in entries else None
+        profile = read_profile(reader, entries["profile"], what) if "profile" in entries else None
+        stages.append(StageSpec(_span(reader, entries["blocks"], index), cost, profile))
+    return nodes, stages
 
 
-def _span(reader: _Reader, node: Node, index: int) -> BlockSpan:
+def _span(reader: PlanReader, node: Node, index: int) -> BlockSpan:
     if not isinstance(node, ScalarNode) or not str(node.tag).endswith(":str"):
-        reader.fail(node, f"stage {index}: {_SPAN_FORM}, got {_kind(node)}")
+        reader.fail(node, f"stage {index}: {_SPAN_FORM}, got {kind_of(node)}")
     try:
         span = BlockSpan.parse(node.value)
     except ValueError as error:
@@ -313,26 +245,10 @@ def _text_problem(what: str, value: str) -> str | None:
 
 
 def _dtype_problem(value: str) -> str | None:
-    return None if value in DTYPES else f"dtype must be one of {_listed(DTYPES)}, got {value!r}"
+    return None if value in DTYPES else f"dtype must be one of {listed(DTYPES)}, got {value!r}"
 
 
 def _fingerprint_problem(value: str | None) -> str | None:
     if value is None or re.fullmatch(r"[0-9a-f]{16}", value):
         return None
     return f"fingerprint must be 16 hexadecimal digits, as the planner wrote them, got {value!r}; or remove the line"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return ", ".join(words)
-
-
-def _kind(node: Node) -> str:
-    kind = _TYPES.get(str(node.tag), "a value of another type")
-    return f"{kind} ({node.value})" if isinstance(node, ScalarNode) and node.value else kind
-
-
-def _scalar(text: str) -> str:
-    """Text as a YAML scalar; quoted unless every reader takes it for text anyway."""
-    if _PLAIN.fullmatch(text) and text.lower() not in _YAML_WORDS:
-        return text
-    return json.dumps(text, ensure_ascii=False)  # what JSON leaves unescaped is printable, so YAML takes it

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import accumulate, islice
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from functions.contract.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from functions.contract.frames import ITEM_BYTES
 from functions.contract.spans import BlockSpan
+from orchestrator.cost import Cost
 from orchestrator.plan import Plan, PlanError, StageSpec
 
 KV_TOKENS = 8192  # the reserve of plan_by_memory, unless told otherwise
@@ -46,24 +47,6 @@ _CAST = frozenset({"F64", "F32", "F16", "BF16"})  # loaded as the plan's dtype
 _PROVENANCE = frozenset({"transformers_version", "_name_or_path"})
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a part of a model takes. FLOPs count two for each parameter that a token meets."""
-
-    parameters: int = 0
-    weight_bytes: int = 0
-    kv_bytes_per_token: int = 0
-    flops_per_token: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.parameters + other.parameters,
-            self.weight_bytes + other.weight_bytes,
-            self.kv_bytes_per_token + other.kv_bytes_per_token,
-            self.flops_per_token + other.flops_per_token,
-        )
-
-
 @dataclass(frozen=True)
 class ModelCost:
     """The cost of each block, and of what stands before (embeddings) and after them (final norm, head).
@@ -73,7 +56,7 @@ class ModelCost:
     blocks: tuple[Cost, ...]
     before: Cost
     after: Cost
-    tied: Cost = Cost()
+    tied: Cost = field(default_factory=Cost)
 
     def of(self, span: BlockSpan) -> Cost:
         """The cost of a stage that runs `span`."""
@@ -139,8 +122,8 @@ def plan_by_stages(
             f"{checkpoint.location} has {count} block{'s' if count != 1 else ''}, so it can be cut into 1 to {count} "
             f"stages, not into {stages}"
         )
-    lengths = split(_sizes(model_cost(checkpoint, dtype)), stages)
-    return _plan(checkpoint, lengths, dtype, name, model)
+    cost = model_cost(checkpoint, dtype)
+    return _plan(checkpoint, cost, split(_sizes(cost), stages), dtype, name, model)
 
 
 def plan_by_memory(
@@ -167,7 +150,7 @@ def plan_by_memory(
     if max(alone) > memory_bytes:
         raise PlanError(_too_small(checkpoint, alone, memory_bytes, kv_tokens))
     lengths = split(_sizes(cost), _fewest(count, fits), fits)
-    return _plan(checkpoint, lengths, dtype, name, model)
+    return _plan(checkpoint, cost, lengths, dtype, name, model)
 
 
 def needed_bytes(cost: Cost, kv_tokens: int) -> int:
@@ -316,14 +299,16 @@ def _sizes(cost: ModelCost) -> list[int]:
     return [unit.weight_bytes * all_flops + unit.flops_per_token * all_bytes for unit in units]
 
 
-def _plan(checkpoint: Checkpoint, lengths: Iterable[int], dtype: str, name: str | None, model: str | None) -> Plan:
+def _plan(
+    checkpoint: Checkpoint, cost: ModelCost, lengths: Iterable[int], dtype: str, name: str | None, model: str | None
+) -> Plan:
     ends = list(accumulate(lengths))
     spans = [BlockSpan(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     location = checkpoint.location.rstrip("/")
     return Plan(
         model or location,
         name or re.split(r"[/\\]", location)[-1].partition("@")[0] or "model",
-        tuple(StageSpec(span) for span in spans),
+        tuple(StageSpec(span, cost.of(span)) for span in spans),
         dtype,
         ends[-1],
         fingerprint(checkpoint),

@@ -23,6 +23,7 @@ import structlog
 import uvloop
 
 from functions.contract.checkpoint import CheckpointError
+from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.logs import configure_logs
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
@@ -52,10 +53,15 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The whole life of the process; returns its exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # until the server takes them; process 1 of a container gets no signal that it has no handler for
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         settings = load_settings(os.environ, **_flags(sys.argv[1:] if arguments is None else arguments))
         configure_logs(as_json=not sys.stderr.isatty() if settings.log_json is None else settings.log_json)
-        tokenizer = load_tokenizer(settings.model)
+        location = checkpoint_location(settings.model)
+        wait_for_checkpoint(location, settings.model_wait_s)
+        tokenizer = load_tokenizer(location)
         # after the settings, so that a misspelt one is told at once
         from orchestrator.chain import Chain
 
@@ -193,9 +199,11 @@ def quieten_kserve() -> None:
 
 def _is_our_fault(record: logging.LogRecord) -> bool:
     from grpc_interceptor.exceptions import GrpcException
-    from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady
+    from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady
 
-    expected = (GenerationError, GrpcException, InvalidInput, ModelNotFound, ModelNotReady, NotImplementedError)
+    expected = (
+        GenerationError, GrpcException, InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady, NotImplementedError
+    )  # fmt: skip
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, expected)
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from functions.contract.location import default_wait_s
+
 PREFIX = "ORCHESTRATOR_"
 
 
@@ -19,7 +21,10 @@ class SettingsError(Exception):
 class OrchestratorSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str = Field(description="checkpoint (folder or URL) that tokenizer and configuration are read from")
+    model: str = Field(description="checkpoint (folder, URL or demo) that tokenizer and configuration are read from")
+    model_wait_s: float = Field(
+        default_factory=default_wait_s, ge=0, description="seconds to wait for a folder that appears late"
+    )
     model_name: str = Field(min_length=1, description="name that clients give as `model`")
     stage_urls: Annotated[tuple[str, ...], NoDecode] = Field(description="URLs of the stages, in order, by comma")
     plan: str = Field(description="digest of the plan that the stages belong to")
@@ -54,8 +59,12 @@ class OrchestratorSettings(BaseSettings):
 
 
 def load_settings(environment: Mapping[str, str], **given: Any) -> OrchestratorSettings:
-    """`given` (flags) goes before the environment. Raises SettingsError."""
+    """`given` (flags) goes before the environment. Raises SettingsError.
+
+    PORT, by which Knative tells a container where to listen, is the HTTP port where no other was named."""
     _check_names(environment)
+    if "http_port" not in given and f"{PREFIX}HTTP_PORT" not in environment and environment.get("PORT"):
+        given["http_port"] = environment["PORT"]
     try:
         return OrchestratorSettings(**given)
     except ValidationError as error:

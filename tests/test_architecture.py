@@ -20,7 +20,7 @@ FREE_OF_TORCH = [
     "functions.contract.checkpoint",
     "orchestrator.chain",
     "orchestrator.cli",
-    "orchestrator.manifests",
+    "orchestrator.render.files",
     "knative.platform",
     "knative.control",
     "orchestrator.planner",
@@ -31,7 +31,7 @@ FREE_OF_KSERVE = [
     "functions.contract.events",
     "orchestrator.chain",
     "orchestrator.cli",
-    "orchestrator.manifests",
+    "orchestrator.render.files",
     "knative.platform",
 ]
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,4 +71,59 @@ def test_help_names_every_command(root: Path, bin_folder: Path) -> None:
     done = make(root, bin_folder)
     assert done.returncode == 0, done.stderr
     listed = {line.split()[1] for line in done.stdout.splitlines()}
-    assert {"run", "test", "lint", "format", "clean"} <= listed
+    assert {"run", "test", "test-slow", "lint", "format", "images", "clean"} <= listed
+
+
+def engine(folder: Path, name: str = "docker", info: str = "exit 0") -> Path:
+    """A container engine that writes down how it is called."""
+    program = folder / name
+    program.write_text(f'#!/bin/sh\n[ "$1" = info ] && {info}\necho "{name} $@" >> {folder}/calls\n')
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("variables", "stage", "orchestrator"),
+    [
+        ([], "stagecraft/stage:{version}", "stagecraft/orchestrator:{version}"),
+        (["TAG=1.0"], "stagecraft/stage:1.0", "stagecraft/orchestrator:1.0"),
+        (["TAG=1.0", "VARIANT=cuda"], "stagecraft/stage:1.0-cuda", "stagecraft/orchestrator:1.0"),
+        (
+            ["TAG=1.0", "REGISTRY=registry.example.com/team/"],
+            "registry.example.com/team/stagecraft/stage:1.0",
+            "registry.example.com/team/stagecraft/orchestrator:1.0",
+        ),
+    ],
+)
+def test_images_are_built_and_named(
+    root: Path, tmp_path: Path, bin_folder: Path, variables: list[str], stage: str, orchestrator: str
+) -> None:
+    done = make(root, bin_folder, "images", f"ENGINE={engine(tmp_path)}", *variables)
+    assert done.returncode == 0, done.stderr
+    version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    variant = "cuda" if "VARIANT=cuda" in variables else "cpu"
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"docker build -f functions/Dockerfile --build-arg VARIANT={variant} -t {stage.format(version=version)} .",
+        f"docker build -f orchestrator/Dockerfile -t {orchestrator.format(version=version)} .",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [
+        ("ENGINE=no-such-engine", "docker or podman, and there is no 'no-such-engine' here"),
+        ("VARIANT=gpu", "VARIANT must be cpu or cuda, got 'gpu'"),
+    ],
+)
+def test_images_that_cannot_be_built_say_why(root: Path, bin_folder: Path, variable: str, reason: str) -> None:
+    done = make(root, bin_folder, "images", variable)
+    assert done.returncode == 2
+    assert reason in done.stderr
+
+
+def test_an_engine_that_does_not_answer_is_named(root: Path, tmp_path: Path, bin_folder: Path) -> None:
+    program = engine(tmp_path, info="exit 1")
+    done = make(root, bin_folder, "images", f"ENGINE={program}")
+    assert done.returncode == 2
+    assert f"'{program} info' fails: is its daemon running" in done.stderr
+    assert not (tmp_path / "calls").exists()

@@ -22,14 +22,16 @@ from benchmarks.platforms import RunningPlatform, deployable, running_platform
 from benchmarks.report import Figure, Section, beside
 from benchmarks.slow_stage import STEP_MS
 from knative.images import BUILTIN
-from orchestrator.manifests import STAGE_IMAGE, Deployable, Scaling, manifests
+from orchestrator.render.deployment import Deployment, Scaling
+from orchestrator.render.local import local_manifests
+from orchestrator.render.pods import STAGE_IMAGE
 
 IMAGE = "bench/slow-stage"
 IMAGES = {IMAGE: {"module": "benchmarks.slow_stage", "preload": list(BUILTIN[STAGE_IMAGE].preload),
                   "env": dict(BUILTIN[STAGE_IMAGE].env)}}  # fmt: skip
 STAGES, SLOW = 3, 1
 FACTOR = 2
-SCALING = Scaling(target=2.0, window_s=10, max_scale=8, grace_s=3.0)
+SCALING = Scaling(target=2.0, window_s=10, max_scale=8, initial_scale=0, grace_s=3.0)
 PROMPTS = ("ROMEO:", "JULIET:", "First Citizen:", "KING HENRY:")
 LOOK_EVERY_S = 1.0
 REQUEST_TIMEOUT_S = 120.0
@@ -66,7 +68,7 @@ async def measure(bench: Bench) -> list[Section]:
     what = deployable(DEMO, "slow", STAGES, 1, SCALING, lane_width=1, kv_bytes_max=64 << 20)
     async with running_platform(bench, IMAGES) as platform, _session() as session:
         await platform.apply(_padded(what, size))
-        ask = _Asker(session, f"{platform.service_url(what.name)}/openai/v1/completions", what.plan.name, size)
+        ask = _Asker(session, f"{platform.service_url(what.service_name)}/openai/v1/completions", what.plan.name, size)
         # one after another, so by one replica of each stage
         expected = {prompt: await ask(prompt) for prompt in PROMPTS[: size.prompts]}
         seen = Seen()
@@ -82,9 +84,9 @@ async def measure(bench: Bench) -> list[Section]:
     return [_section(size, seen, load_s, answers)]
 
 
-def _padded(what: Deployable, size: Size) -> list[dict[str, Any]]:
+def _padded(what: Deployment, size: Size) -> list[dict[str, Any]]:
     """The manifests of the plan, with the padded stage for the product's."""
-    changed = manifests(what)
+    changed = local_manifests(what)
     for manifest in changed:
         name = manifest["metadata"]["name"]
         if name in what.stage_names:
@@ -148,7 +150,7 @@ async def _load(ask: _Asker, expected: Mapping[str, str], ends_s: float, clients
     return sum(task.result() for task in tasks)
 
 
-async def _watch(platform: RunningPlatform, what: Deployable, seen: Seen, started_s: float) -> None:
+async def _watch(platform: RunningPlatform, what: Deployment, seen: Seen, started_s: float) -> None:
     for look in itertools.count():
         await asyncio.sleep(started_s + look * LOOK_EVERY_S - time.monotonic())
         revisions = await platform.revisions()

@@ -23,7 +23,8 @@ from benchmarks.bench import DEMO, Bench, MeasureError
 from benchmarks.platforms import RunningPlatform, deployable, running_platform, service
 from benchmarks.report import Figure, Section, beside
 from benchmarks.streams import first_text_s
-from orchestrator.manifests import Scaling, manifests
+from orchestrator.render.deployment import Scaling
+from orchestrator.render.local import local_manifests
 
 PEER = "monolith"
 MONOLITH, FORKED, SERVE = "bench/monolith", "bench/monolith-forked", "bench/transformers-serve"
@@ -32,7 +33,7 @@ PROMPT = "ROMEO:\nBut soft, what light through yonder window breaks?"
 ROUNDS_MAX = 3  # a round takes most of a minute
 # for everything: given two on a busy machine, one stage took seconds longer, and more stages looked faster than one
 THREADS = 1
-SCALING = Scaling(window_s=60, max_scale=1)
+SCALING = Scaling(target=2.0, window_s=60, max_scale=1, initial_scale=0)
 ASLEEP = {"initial-scale": "0", "max-scale": "1"}
 GOAL = 1.15
 # transformers serve gives every model a device map, for which Transformers needs this package
@@ -121,7 +122,7 @@ def _stages(count: int) -> str:
 
 def _staged(name: str, model: Path, stages: int) -> Wake:
     what = deployable(model, f"{name}-in-{stages}", stages, THREADS, SCALING)
-    return Wake(what.name, manifests(what), "/openai/v1/completions", what.plan.name)
+    return Wake(what.service_name, local_manifests(what), "/openai/v1/completions", what.plan.name)
 
 
 def _process(name: str, model: Path, image: str) -> Wake:

@@ -158,7 +158,7 @@ def _check_value_from(name: str, source: Tree, path: str, features: FeaturesConf
         elif child(source, kind).get("optional") is True:
             problems.warn(f"variable {name} stays unset: it has no source on one machine", here)
         else:
-            problems.add(
+            problems.cannot(
                 f"variable {name} has no source on one machine",
                 here,
                 details="give it a `value`, or mark the reference `optional: true`",
@@ -175,7 +175,7 @@ def _check_env_from(container: Tree, path: str, problems: Problems) -> None:
         elif child(entry, sources[0]).get("optional") is True:
             problems.warn("variables stay unset: they have no source on one machine", here)
         else:
-            problems.add(
+            problems.cannot(
                 f"variables of {sources[0]} {text(child(entry, sources[0]), 'name')} have no source on one machine",
                 here,
                 details="list them under `env`, or mark the reference `optional: true`",

@@ -18,10 +18,12 @@ from knative.errors import ValidationError
 from knative.resources import schema
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
 from knative.resources.field_errors import FieldError, Problems
+from knative.resources.inference_service import INFERENCE_API_VERSION, read_inference_service
 from knative.resources.kinds import reason_to_skip, unknown_kind
 from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
-from knative.resources.objects import ConfigMap, Resource
+from knative.resources.objects import ConfigMap, InferenceService, Resource, ServingRuntime
 from knative.resources.service import API_VERSION, ONLY_KPA, Settings, read_service
+from knative.resources.serving_runtime import RUNTIME_API_VERSION, check_priorities, read_runtime
 from knative.resources.trees import Tree, child, text, text_map
 from knative.resources.yaml_text import Text, lines_below, read_json, read_yaml
 
@@ -107,12 +109,19 @@ def parse(
     autoscaler: AutoscalerConfig,
     defaults: DefaultsConfig,
     features: FeaturesConfig | None = None,
+    runtimes: Sequence[ServingRuntime] = (),
+    inference_services: Sequence[InferenceService] = (),
 ) -> Parsed:
-    """The resources in `documents`, config maps first: they are in force for the Services beside them.
+    """The resources in `documents`: config maps, then runtimes, which are in force for the services beside them.
 
-    Raises ValidationError with all problems of all documents, each with its file and line."""
-    parser = _Parser(Settings(autoscaler, defaults, features or FeaturesConfig()))
-    return parser.parse(documents)
+    `runtimes` and `inference_services` are those there are already; of the latter those come along that a runtime in
+    `documents` changes. Raises ValidationError with all problems of all documents, each with its file and line."""
+    parser = Parser(Settings(autoscaler, defaults, features or FeaturesConfig()), runtimes)
+    parser.read(documents)
+    parser.follow_runtimes(inference_services)
+    if parser.problems:
+        raise ValidationError([problem.text for problem in parser.problems])
+    return parser.parsed()
 
 
 def _files(path: Path) -> list[Path]:
@@ -159,32 +168,73 @@ def _unfolded(found: Text, source: str) -> Iterator[Document]:
         yield Document(source, line, item, dict(lines_below(found.lines, path)))
 
 
+_SETTINGS_KINDS = frozenset({("v1", "ConfigMap")})
+_RUNTIME_KINDS = frozenset({(RUNTIME_API_VERSION, kind) for kind in ("ServingRuntime", "ClusterServingRuntime")})
+
 _Object = tuple[Document, str, str]
 """A document, its apiVersion and its kind."""
 
 
-class _Parser:
-    def __init__(self, settings: Settings) -> None:
+def _rank(found: _Object) -> int:
+    """What others depend on comes first."""
+    _, api_version, kind = found
+    return 0 if (api_version, kind) in _SETTINGS_KINDS else 1 if (api_version, kind) in _RUNTIME_KINDS else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A complaint with its file and line; `local` ones a cluster would not make."""
+
+    text: str
+    local: bool
+
+
+class Parser:
+    """Collects the resources of documents, and `problems`; nothing of it is good for running if there is one."""
+
+    def __init__(self, settings: Settings, runtimes: Sequence[ServingRuntime] = ()) -> None:
         self._settings = settings
+        self._runtimes = {(runtime.namespace, runtime.name): runtime for runtime in runtimes}
         self._resources: list[Resource] = []
         self._skipped: list[Skipped] = []
         self._warnings: list[str] = []
-        self._problems: list[str] = []
         self._seen: dict[tuple[str, str, str], Document] = {}
+        self.problems: list[Problem] = []
 
-    def parse(self, documents: Iterable[Document]) -> Parsed:
+    def read(self, documents: Iterable[Document]) -> None:
+        """Settings first, then runtimes: they are in force for the services beside them."""
         objects = [found for document in documents if (found := self._identified(document))]
-        for document, api_version, kind in objects:
-            if (api_version, kind) == ("v1", "ConfigMap"):
-                self._config_map(document)
-        for document, api_version, kind in objects:
-            if (api_version, kind) == (API_VERSION, "Service"):
-                self._service(document)
-            elif (api_version, kind) != ("v1", "ConfigMap"):
-                self._other(document, api_version, kind)
-        if self._problems:
-            raise ValidationError(self._problems)
+        for document, api_version, kind in sorted(objects, key=_rank):
+            self._take(document, api_version, kind)
+
+    def follow_runtimes(self, services: Sequence[InferenceService]) -> None:
+        """Those of `services` that the runtimes read now change; KServe reconciles them at once."""
+        if not any(isinstance(resource, ServingRuntime) for resource in self._resources):
+            return
+        for service in services:
+            given = ("InferenceService", service.namespace, service.name) in self._seen
+            if given or "model" not in child(child(service.manifest, "spec"), "predictor"):
+                continue
+            again, problems = read_inference_service(service.manifest, self._settings, tuple(self._runtimes.values()))
+            name = f"InferenceService {service.namespace}/{service.name}"
+            self._warnings += [f"{name} stays as it was: {error}" for error in problems.errors]
+            if again is not None and again != service:
+                self._resources.append(again)
+
+    def parsed(self) -> Parsed:
         return Parsed(tuple(self._resources), tuple(self._skipped), tuple(self._warnings), self._settings)
+
+    def _take(self, document: Document, api_version: str, kind: str) -> None:
+        if (api_version, kind) in _SETTINGS_KINDS:
+            self._config_map(document)
+        elif (api_version, kind) in _RUNTIME_KINDS:
+            self._runtime(document, kind)
+        elif (api_version, kind) == (INFERENCE_API_VERSION, "InferenceService"):
+            self._inference_service(document)
+        elif (api_version, kind) == (API_VERSION, "Service"):
+            self._service(document)
+        else:
+            self._other(document, api_version, kind)
 
     def _identified(self, document: Document) -> _Object | None:
         if Path(document.file).stem.lower() == "kustomization" and "kind" not in document.value:
@@ -204,6 +254,24 @@ class _Parser:
         self._note(document, problems)
         if service is not None and self._first(document, "Service", service.namespace, service.name):
             self._resources.append(service)
+
+    def _inference_service(self, document: Document) -> None:
+        runtimes = tuple(self._runtimes.values())
+        service, problems = read_inference_service(document.value, self._settings, runtimes)
+        self._note(document, problems)
+        if service is None or not self._first(document, "InferenceService", service.namespace, service.name):
+            return
+        if self._first(document, "Service", service.namespace, service.service.name):
+            self._resources.append(service)
+
+    def _runtime(self, document: Document, kind: str) -> None:
+        runtime, problems = read_runtime(document.value, cluster=kind == "ClusterServingRuntime")
+        if runtime is not None:
+            check_priorities(runtime, tuple(self._runtimes.values()), problems)
+        self._note(document, problems)
+        if runtime is not None and self._first(document, kind, runtime.namespace, runtime.name):
+            self._runtimes[runtime.namespace, runtime.name] = runtime
+            self._resources.append(runtime)
 
     def _config_map(self, document: Document) -> None:
         problems = Problems()
@@ -256,12 +324,13 @@ class _Parser:
             name = metadata.get("name") if isinstance(metadata, dict) else None
             self._skipped.append(Skipped(kind, str(name or document.place()), reason))
             return
-        self._problem(document, FieldError(unknown_kind(api_version, kind), (), at="kind"))
+        self._problem(document, FieldError(unknown_kind(api_version, kind), (), at="kind", local=True))
 
     def _first(self, document: Document, kind: str, namespace: str, name: str) -> bool:
         before = self._seen.setdefault((kind, namespace, name), document)
         if before is not document:
-            message = f'{kind} "{name}" is given twice in namespace {namespace}, first at {before.place()}'
+            where = f" in namespace {namespace}" if namespace else ""
+            message = f'{kind} "{name}" is given twice{where}, first at {before.place()}'
             self._problem(document, FieldError(message, (), at="metadata.name"))
         return before is document
 
@@ -271,7 +340,7 @@ class _Parser:
         self._warnings.extend(f"{document.place(warning.place)}: {warning}" for warning in problems.warnings)
 
     def _problem(self, document: Document, error: FieldError) -> None:
-        self._problems.append(f"{document.place(error.place)}: {error}")
+        self.problems.append(Problem(f"{document.place(error.place)}: {error}", error.local))
 
 
 def _warn_keys(data: Mapping[str, str], known: frozenset[str], problems: Problems) -> None:

@@ -12,12 +12,14 @@ INT32_MAX = 2**31 - 1
 class FieldError:
     """`paths` are full: "spec.template.spec.containers[0].image". `details` is a second line for people.
 
-    `at` is the place of a complaint that names it in its message already."""
+    `at` is the place of a complaint that names it in its message already. `local` is one that a cluster would not make:
+    only one machine cannot do it."""
 
     message: str
     paths: tuple[str, ...]
     details: str = ""
     at: str = ""
+    local: bool = False
 
     @property
     def place(self) -> str:
@@ -37,6 +39,10 @@ class Problems:
 
     def add(self, message: str, *paths: str, details: str = "") -> None:
         self.errors.append(FieldError(message, paths, details))
+
+    def cannot(self, message: str, *paths: str, details: str = "") -> None:
+        """A complaint that a cluster would not make."""
+        self.errors.append(FieldError(message, paths, details, local=True))
 
     def warn(self, message: str, path: str) -> None:
         self.warnings.append(FieldError(message, (path,)))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-TAKEN = ("Service (serving.knative.dev/v1)", "ConfigMap (v1)", "List (v1)")
+TAKEN = (
+    "Service (serving.knative.dev/v1)", "InferenceService (serving.kserve.io/v1beta1)",
+    "ServingRuntime, ClusterServingRuntime (serving.kserve.io/v1alpha1)", "ConfigMap (v1)", "List (v1)",
+)  # fmt: skip
 
 _NO_MEANING = "has no meaning on one machine"
-_NOT_RUN = "only Knative Services run on one machine"
+_NOT_RUN = "only Knative Services run on one machine, those of InferenceServices included"
 _EVENTING = "events are not delivered on one machine yet"
 
 _EVENTING_GROUPS = (
@@ -39,7 +42,18 @@ _PASSED_OVER: Mapping[str, Mapping[str, str]] = {
     },
     "apps": {"*": _NOT_RUN},
     "batch": {"*": _NOT_RUN},
-    "serving.kserve.io": {"*": _NOT_RUN},
+    "serving.kserve.io": {
+        **dict.fromkeys(
+            ("InferenceGraph", "LLMInferenceService", "LLMInferenceServiceConfig", "TrainedModel"), _NOT_RUN
+        ),
+        **dict.fromkeys(
+            (
+                "ClusterStorageContainer", "LocalModelCache", "LocalModelNamespaceCache", "LocalModelNode",
+                "LocalModelNodeGroup",
+            ),
+            "one machine does not download models",
+        ),
+    },
     "serving.knative.dev": {
         "DomainMapping": "the ingress of one machine serves every Service under its name",
         "Configuration": "apply a Service, which makes its Configuration",

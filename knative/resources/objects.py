@@ -1,6 +1,6 @@
 """The objects this platform runs, after defaulting and validation: what the rest of `knative/` works with.
 
-Names and meanings are those of serving.knative.dev/v1 and core/v1; durations are seconds.
+Names and meanings are those of serving.knative.dev/v1, serving.kserve.io and core/v1; durations are seconds.
 """
 
 from __future__ import annotations
@@ -94,4 +94,23 @@ class ConfigMap:
     manifest: Mapping[str, object] = field(default_factory=dict)
 
 
-Resource = Service | ConfigMap
+@dataclass(frozen=True, slots=True)
+class ServingRuntime:
+    """serving.kserve.io/v1alpha1 ServingRuntime; a ClusterServingRuntime has the namespace ""."""
+
+    namespace: str
+    name: str
+    manifest: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceService:
+    """serving.kserve.io/v1beta1 InferenceService. `service` is what it comes to, `manifest` the object as applied."""
+
+    namespace: str
+    name: str
+    service: Service
+    manifest: Mapping[str, object] = field(default_factory=dict)
+
+
+Resource = Service | ConfigMap | ServingRuntime | InferenceService

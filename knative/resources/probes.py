@@ -50,7 +50,8 @@ def _kind(probe: Tree, path: str, problems: Problems) -> ProbeKind:
     elif not given:
         problems.add("expected exactly one, got neither", *(f"{path}.{name}" for name in (*_HANDLERS, "grpc")))
     if "grpc" in probe:
-        problems.disallowed(f"{path}.grpc", details="on one machine probes are httpGet, tcpSocket or exec")
+        details = "on one machine probes are httpGet, tcpSocket or exec"
+        problems.cannot("must not set the field(s)", f"{path}.grpc", details=details)
     return next((_HANDLERS[name] for name in given if name in _HANDLERS), "tcp")
 
 
@@ -97,8 +98,11 @@ def _built(
 
 
 def _http_path(action: Tree, path: str, problems: Problems) -> str:
-    if text(action, "scheme") not in ("", "HTTP"):
-        problems.invalid(action["scheme"], f"{path}.scheme", "on one machine probes are plain HTTP")
+    scheme = text(action, "scheme")
+    if scheme == "HTTPS":
+        problems.cannot(f"invalid value: {scheme}", f"{path}.scheme", details="on one machine probes are plain HTTP")
+    elif scheme not in ("", "HTTP"):
+        problems.invalid(scheme, f"{path}.scheme", "HTTP or HTTPS")
     where = text(action, "path") or "/"
     if not where.isprintable() or " " in where:
         problems.invalid(where, f"{path}.path", "not the path of a URL")

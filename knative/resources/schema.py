@@ -38,64 +38,65 @@ STRING, INTEGER, BOOLEAN = Shape("string"), Shape("integer"), Shape("boolean")
 INT_OR_STRING, QUANTITY, OPEN = Shape("int-or-string"), Shape("quantity"), Shape("open")
 
 
-def _object(fields: Mapping[str, Shape], refused: str = "") -> Shape:
+def record(fields: Mapping[str, Shape], refused: str = "") -> Shape:
+    """A mapping with these fields; `refused` are the names, with blanks between, that Knative's masks leave out."""
     return Shape("object", fields, refused=frozenset(refused.split()))
 
 
-def _array(item: Shape) -> Shape:
+def array(item: Shape) -> Shape:
     return Shape("array", item=item)
 
 
-def _map(item: Shape) -> Shape:
+def mapping(item: Shape) -> Shape:
     return Shape("map", item=item)
 
 
-_OPEN_OBJECT, _OPEN_ARRAY = _map(OPEN), _array(_map(OPEN))  # checked by Kubernetes, never by Knative
+OPEN_OBJECT, OPEN_ARRAY = mapping(OPEN), array(mapping(OPEN))  # checked by Kubernetes, never by Knative
 
-METADATA = _object(
+METADATA = record(
     {
         "name": STRING, "generateName": STRING, "namespace": STRING,
-        "labels": _map(STRING), "annotations": _map(STRING),
-        "finalizers": _array(STRING), "ownerReferences": _OPEN_ARRAY, "managedFields": _OPEN_ARRAY,
+        "labels": mapping(STRING), "annotations": mapping(STRING),
+        "finalizers": array(STRING), "ownerReferences": OPEN_ARRAY, "managedFields": OPEN_ARRAY,
         "uid": STRING, "resourceVersion": STRING, "selfLink": STRING, "generation": INTEGER,
         "creationTimestamp": STRING, "deletionTimestamp": STRING, "deletionGracePeriodSeconds": INTEGER,
     }
 )  # fmt: skip
 
 _NAMED_OPTIONAL = {"name": STRING, "optional": BOOLEAN}
-_KEY_REF = _object({"key": STRING, **_NAMED_OPTIONAL})
-_ITEMS = _array(_object({"key": STRING, "mode": INTEGER, "path": STRING}))
+_KEY_REF = record({"key": STRING, **_NAMED_OPTIONAL})
+_ITEMS = array(record({"key": STRING, "mode": INTEGER, "path": STRING}))
 
-_ENV = _object(
+_ENV = record(
     {
         "name": STRING,
         "value": STRING,
-        "valueFrom": _object(
+        "valueFrom": record(
             {
                 "configMapKeyRef": _KEY_REF,
                 "secretKeyRef": _KEY_REF,
-                "fieldRef": _OPEN_OBJECT,
-                "resourceFieldRef": _OPEN_OBJECT,
+                "fieldRef": OPEN_OBJECT,
+                "resourceFieldRef": OPEN_OBJECT,
             },
             refused="fileKeyRef",
         ),
     }
 )
-_ENV_FROM = _object({"configMapRef": _object(_NAMED_OPTIONAL), "prefix": STRING, "secretRef": _object(_NAMED_OPTIONAL)})
-_PROBE = _object(
+_ENV_FROM = record({"configMapRef": record(_NAMED_OPTIONAL), "prefix": STRING, "secretRef": record(_NAMED_OPTIONAL)})
+_PROBE = record(
     {
-        "exec": _object({"command": _array(STRING)}),
-        "grpc": _object({"port": INTEGER, "service": STRING}),
-        "httpGet": _object(
+        "exec": record({"command": array(STRING)}),
+        "grpc": record({"port": INTEGER, "service": STRING}),
+        "httpGet": record(
             {
                 "host": STRING,
-                "httpHeaders": _array(_object({"name": STRING, "value": STRING})),
+                "httpHeaders": array(record({"name": STRING, "value": STRING})),
                 "path": STRING,
                 "port": INT_OR_STRING,
                 "scheme": STRING,
             }
         ),
-        "tcpSocket": _object({"host": STRING, "port": INT_OR_STRING}),
+        "tcpSocket": record({"host": STRING, "port": INT_OR_STRING}),
         "initialDelaySeconds": INTEGER,
         "periodSeconds": INTEGER,
         "timeoutSeconds": INTEGER,
@@ -104,41 +105,41 @@ _PROBE = _object(
     },
     refused="terminationGracePeriodSeconds",
 )
-_SECURITY_CONTEXT = _object(
+_SECURITY_CONTEXT = record(
     {
         "allowPrivilegeEscalation": BOOLEAN,
-        "capabilities": _object({"add": _array(STRING), "drop": _array(STRING)}),
+        "capabilities": record({"add": array(STRING), "drop": array(STRING)}),
         "privileged": BOOLEAN,
         "readOnlyRootFilesystem": BOOLEAN,
         "runAsGroup": INTEGER,
         "runAsNonRoot": BOOLEAN,
         "runAsUser": INTEGER,
-        "seccompProfile": _object({"localhostProfile": STRING, "type": STRING}),
+        "seccompProfile": record({"localhostProfile": STRING, "type": STRING}),
     },
     refused="appArmorProfile procMount seLinuxOptions windowsOptions",
 )
-CONTAINER = _object(
+CONTAINER = record(
     {
         "name": STRING,
         "image": STRING,
         "imagePullPolicy": STRING,
-        "command": _array(STRING),
-        "args": _array(STRING),
+        "command": array(STRING),
+        "args": array(STRING),
         "workingDir": STRING,
-        "env": _array(_ENV),
-        "envFrom": _array(_ENV_FROM),
-        "ports": _array(
-            _object({"containerPort": INTEGER, "name": STRING, "protocol": STRING}, refused="hostIP hostPort")
+        "env": array(_ENV),
+        "envFrom": array(_ENV_FROM),
+        "ports": array(
+            record({"containerPort": INTEGER, "name": STRING, "protocol": STRING}, refused="hostIP hostPort")
         ),
-        "resources": _object({"limits": _map(QUANTITY), "requests": _map(QUANTITY)}, refused="claims"),
+        "resources": record({"limits": mapping(QUANTITY), "requests": mapping(QUANTITY)}, refused="claims"),
         "readinessProbe": _PROBE,
         "livenessProbe": _PROBE,
         "startupProbe": _PROBE,
         "securityContext": _SECURITY_CONTEXT,
         "terminationMessagePath": STRING,
         "terminationMessagePolicy": STRING,
-        "volumeMounts": _array(
-            _object(
+        "volumeMounts": array(
+            record(
                 {
                     "mountPath": STRING,
                     "mountPropagation": STRING,
@@ -153,20 +154,20 @@ CONTAINER = _object(
     refused="lifecycle resizePolicy restartPolicy restartPolicyRules stdin stdinOnce tty volumeDevices",
 )
 
-_PROJECTION = _object(
+_PROJECTION = record(
     {
-        "configMap": _object({"items": _ITEMS, **_NAMED_OPTIONAL}),
-        "secret": _object({"items": _ITEMS, **_NAMED_OPTIONAL}),
-        "serviceAccountToken": _object({"audience": STRING, "expirationSeconds": INTEGER, "path": STRING}),
-        "downwardAPI": _object(
+        "configMap": record({"items": _ITEMS, **_NAMED_OPTIONAL}),
+        "secret": record({"items": _ITEMS, **_NAMED_OPTIONAL}),
+        "serviceAccountToken": record({"audience": STRING, "expirationSeconds": INTEGER, "path": STRING}),
+        "downwardAPI": record(
             {
-                "items": _array(
-                    _object(
+                "items": array(
+                    record(
                         {
-                            "fieldRef": _object({"apiVersion": STRING, "fieldPath": STRING}),
+                            "fieldRef": record({"apiVersion": STRING, "fieldPath": STRING}),
                             "mode": INTEGER,
                             "path": STRING,
-                            "resourceFieldRef": _object(
+                            "resourceFieldRef": record(
                                 {"containerName": STRING, "divisor": QUANTITY, "resource": STRING}
                             ),
                         }
@@ -177,52 +178,52 @@ _PROJECTION = _object(
     },
     refused="clusterTrustBundle podCertificate",
 )
-_VOLUME = _object(
+_VOLUME = record(
     {
         "name": STRING,
-        "configMap": _object({"defaultMode": INTEGER, "items": _ITEMS, **_NAMED_OPTIONAL}),
-        "secret": _object({"defaultMode": INTEGER, "items": _ITEMS, "optional": BOOLEAN, "secretName": STRING}),
-        "projected": _object({"defaultMode": INTEGER, "sources": _array(_PROJECTION)}),
-        "emptyDir": _OPEN_OBJECT,
-        "persistentVolumeClaim": _OPEN_OBJECT,
-        "hostPath": _OPEN_OBJECT,
-        "csi": _OPEN_OBJECT,
-        "ephemeral": _OPEN_OBJECT,
-        "image": _OPEN_OBJECT,
+        "configMap": record({"defaultMode": INTEGER, "items": _ITEMS, **_NAMED_OPTIONAL}),
+        "secret": record({"defaultMode": INTEGER, "items": _ITEMS, "optional": BOOLEAN, "secretName": STRING}),
+        "projected": record({"defaultMode": INTEGER, "sources": array(_PROJECTION)}),
+        "emptyDir": OPEN_OBJECT,
+        "persistentVolumeClaim": OPEN_OBJECT,
+        "hostPath": OPEN_OBJECT,
+        "csi": OPEN_OBJECT,
+        "ephemeral": OPEN_OBJECT,
+        "image": OPEN_OBJECT,
     },
     refused=(
         "awsElasticBlockStore azureDisk azureFile cephfs cinder downwardAPI fc flexVolume flocker gcePersistentDisk "
         "gitRepo glusterfs iscsi nfs photonPersistentDisk portworxVolume quobyte rbd scaleIO storageos vsphereVolume"
     ),
 )
-POD_SPEC = _object(
+POD_SPEC = record(
     {
-        "affinity": _OPEN_OBJECT,
+        "affinity": OPEN_OBJECT,
         "automountServiceAccountToken": BOOLEAN,
         "containerConcurrency": INTEGER,
-        "containers": _array(CONTAINER),
-        "dnsConfig": _OPEN_OBJECT,
+        "containers": array(CONTAINER),
+        "dnsConfig": OPEN_OBJECT,
         "dnsPolicy": STRING,
         "enableServiceLinks": BOOLEAN,
-        "hostAliases": _OPEN_ARRAY,
+        "hostAliases": OPEN_ARRAY,
         "hostIPC": BOOLEAN,
         "hostNetwork": BOOLEAN,
         "hostPID": BOOLEAN,
         "idleTimeoutSeconds": INTEGER,
-        "imagePullSecrets": _array(_object({"name": STRING})),
-        "initContainers": _OPEN_ARRAY,
-        "nodeSelector": _map(STRING),
+        "imagePullSecrets": array(record({"name": STRING})),
+        "initContainers": OPEN_ARRAY,
+        "nodeSelector": mapping(STRING),
         "priorityClassName": STRING,
         "responseStartTimeoutSeconds": INTEGER,
         "runtimeClassName": STRING,
         "schedulerName": STRING,
-        "securityContext": _OPEN_OBJECT,
+        "securityContext": OPEN_OBJECT,
         "serviceAccountName": STRING,
         "shareProcessNamespace": BOOLEAN,
         "timeoutSeconds": INTEGER,
-        "tolerations": _OPEN_ARRAY,
-        "topologySpreadConstraints": _OPEN_ARRAY,
-        "volumes": _array(_VOLUME),
+        "tolerations": OPEN_ARRAY,
+        "topologySpreadConstraints": OPEN_ARRAY,
+        "volumes": array(_VOLUME),
     },
     refused=(
         "activeDeadlineSeconds ephemeralContainers hostUsers hostname hostnameOverride nodeName os overhead "
@@ -230,7 +231,7 @@ POD_SPEC = _object(
         "serviceAccount setHostnameAsFQDN subdomain terminationGracePeriodSeconds"
     ),
 )
-TRAFFIC = _object(
+TRAFFIC = record(
     {
         "configurationName": STRING,
         "latestRevision": BOOLEAN,
@@ -240,22 +241,22 @@ TRAFFIC = _object(
         "url": STRING,
     }
 )
-SERVICE = _object(
+SERVICE = record(
     {
         "apiVersion": STRING,
         "kind": STRING,
         "metadata": METADATA,
-        "spec": _object({"template": _object({"metadata": METADATA, "spec": POD_SPEC}), "traffic": _array(TRAFFIC)}),
+        "spec": record({"template": record({"metadata": METADATA, "spec": POD_SPEC}), "traffic": array(TRAFFIC)}),
         "status": OPEN,  # what `get -o yaml` of a cluster prints; nothing of it is used
     }
 )
-CONFIG_MAP = _object(
+CONFIG_MAP = record(
     {
         "apiVersion": STRING,
         "kind": STRING,
         "metadata": METADATA,
-        "data": _map(STRING),
-        "binaryData": _map(STRING),
+        "data": mapping(STRING),
+        "binaryData": mapping(STRING),
         "immutable": BOOLEAN,
     }
 )

@@ -74,7 +74,7 @@ def read_service(manifest: Mapping[str, object], settings: Settings) -> tuple[Se
     tree = copy.deepcopy({key: value for key, value in tree.items() if key != "status"})
     _default_service(tree, settings.defaults)
     service = _service(tree, settings, problems)
-    problems.errors = misfits.errors + [e for e in problems.errors if not _follows(e, misfits.errors)]
+    problems.errors = misfits.errors + [e for e in problems.errors if not follows(e, misfits.errors)]
     return (None if problems.errors else service), problems
 
 
@@ -102,7 +102,7 @@ def _flat(value: object, path: str) -> dict[str, object]:
     return {place: scalar for here, member in members for place, scalar in _flat(member, here).items()}
 
 
-def _follows(error: FieldError, misfits: list[FieldError]) -> bool:
+def follows(error: FieldError, misfits: list[FieldError]) -> bool:
     """Whether a complaint only comes from a value of the wrong type, which was taken out."""
     return any(below(path, misfit.place) for path in error.paths for misfit in misfits if misfit.place)
 
@@ -159,7 +159,8 @@ def _check_metadata(metadata: Tree, problems: Problems) -> None:
     name, namespace = text(metadata, "name"), text(metadata, "namespace")
     if not name:
         details = "give it a name: one machine makes none from generateName"
-        problems.add("name or generateName is required", "metadata.name", details=details)
+        complain = problems.cannot if text(metadata, "generateName") else problems.add
+        complain("name or generateName is required", "metadata.name", details=details)
     elif problem := dns_1035_problem(name):
         problems.add(problem, "metadata.name")
     if not is_dns_1123_label(namespace):
@@ -296,16 +297,29 @@ def _container(pod: Tree, features: FeaturesConfig, problems: Problems) -> Conta
         problems.missing(f"{_POD}.containers")
         return Container(image="")
     if len(containers) > 1:
-        problems.add(
-            f"one machine runs one container per replica, but found {len(containers)} containers",
-            f"{_POD}.containers",
-            details="keep the one that serves; what a sidecar does has to be part of it, or a Service of its own",
-        )
+        _check_several(containers, features, problems)
     read = [
         read_container(container, f"{_POD}.containers[{i}]", volumes, features, problems)
         for i, container in enumerate(containers)
     ]
     return read[0]
+
+
+def _check_several(containers: list[Tree], features: FeaturesConfig, problems: Problems) -> None:
+    """One container serves, and has the port; the others are its sidecars."""
+    if not features.enabled("multi-container"):
+        problems.add(f"multi-container is off, but found {len(containers)} containers", f"{_POD}.containers")
+    if not any(children(container, "ports") for container in containers):
+        problems.missing(f"{_POD}.containers.ports")
+    for i, container in enumerate(containers):
+        if not children(container, "ports") and not features.enabled("multi-container-probing"):
+            for name in container.keys() & {"livenessProbe", "readinessProbe", "startupProbe"}:
+                problems.disallowed(f"{_POD}.containers[{i}].{name}")
+    problems.cannot(
+        f"one machine runs one container per replica, but found {len(containers)} containers",
+        f"{_POD}.containers",
+        details="keep the one that serves; what a sidecar does has to be part of it, or a Service of its own",
+    )
 
 
 def _traffic(targets: list[Tree], path: str, problems: Problems) -> tuple[TrafficTarget, ...]:

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli.deploy import deploy, undeploy
 from orchestrator.cli.generate import generate
 from orchestrator.cli.local import app as local
 from orchestrator.cli.plan import plan
+from orchestrator.cli.profile import profile
+from orchestrator.cli.render import render
 from orchestrator.cli.status import status
 from orchestrator.cli.top import top
 from orchestrator.cli.up import up
@@ -25,7 +28,11 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(plan)
+app.command()(profile)
+app.command()(render)
 app.command()(generate)
+app.command()(deploy)
+app.command()(undeploy)
 app.command()(status)
 app.command()(top)
 app.add_typer(local)

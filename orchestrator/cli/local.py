@@ -60,7 +60,10 @@ FileOption = Annotated[
 NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the object.")]
 KindArgument = Annotated[
     str,
-    typer.Argument(help="service (ksvc), revision (rev), pod (po) or configmap (cm).", autocompletion=complete_kind),
+    typer.Argument(
+        help="service (ksvc), inferenceservice (isvc), revision (rev), pod (po), configmap (cm) or servingruntime.",
+        autocompletion=complete_kind,
+    ),
 ]
 
 
@@ -154,8 +157,8 @@ def apply(
     with connected(platform) as client:
         done = client.apply(documents, dry_run=dry_run)
         _print_applied(done, dry_run)
-        services = [(one.namespace, one.name) for one in done if _is_service(one)]
-        if services and wait and not dry_run and not _wait(wait_ready, client, services, timeout_s):
+        waited = {kind: _keys(done, kind) for kind in ("service", "inferenceservice")}
+        if any(waited.values()) and wait and not dry_run and not _wait(wait_ready, client, waited, timeout_s):
             raise typer.Exit(1)
 
 
@@ -264,13 +267,14 @@ def _took(one: Applied) -> bool:
     return one.action != "skipped"
 
 
-def _is_service(one: Applied) -> bool:
-    return _took(one) and full_kind(one.kind) == full_kind("service")
+def _keys(done: Sequence[Applied], kind: str) -> list[tuple[str, str]]:
+    """Namespace and name of each object of that kind that was taken."""
+    return [(one.namespace, one.name) for one in done if _took(one) and full_kind(one.kind) == full_kind(kind)]
 
 
-def _wait(wait_ready: Any, client: Client, services: list[tuple[str, str]], timeout_s: float) -> bool:
+def _wait(wait_ready: Any, client: Client, waited: dict[str, list[tuple[str, str]]], timeout_s: float) -> bool:
     try:
-        return bool(wait_ready(client, services, timeout_s))
+        return bool(wait_ready(client, waited["service"], timeout_s, inference_services=waited["inferenceservice"]))
     except KeyboardInterrupt:
         note("not waited to the end; see `stagecraft status`")
         raise typer.Exit(130) from None
@@ -298,7 +302,7 @@ def _delete(client: Client, kind: str, namespace: str, name: str) -> bool:
 
 def _named(kind: str, namespace: str, names: list[str]) -> list[tuple[str, str, str]]:
     chosen = kind_named(kind)
-    if chosen not in ("service", "configmap"):
+    if chosen in ("revision", "pod"):
         fail(f"a {chosen} goes with its service; delete that, or scale it by its annotations", 2)
     return [(chosen, namespace, name) for name in names]
 

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from knative.resources.documents import Document
 
 STDIN = "standard input"
-KINDS = {("serving.knative.dev", "Service"): "service", ("", "ConfigMap"): "configmap"}
+KINDS = {
+    ("serving.knative.dev", "Service"): "service",
+    ("serving.kserve.io", "InferenceService"): "inferenceservice",
+    ("serving.kserve.io", "ServingRuntime"): "servingruntime",
+    ("serving.kserve.io", "ClusterServingRuntime"): "clusterservingruntime",
+    ("", "ConfigMap"): "configmap",
+}
 
 
 def read_manifests(paths: Sequence[str]) -> list[Document]:

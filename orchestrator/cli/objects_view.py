@@ -1,6 +1,6 @@
 """Objects of a platform as `kubectl get` prints them: plain columns, YAML, JSON or names.
 
-Columns are those of Knative's custom resource definitions and of kubectl's own printers.
+Columns are those of Knative's and KServe's custom resource definitions and of kubectl's own printers.
 """
 
 from __future__ import annotations
@@ -115,8 +115,33 @@ def _pod_age(item: Manifest) -> str:
     return duration(item.get("status", {}).get("age_s", 0))
 
 
+def _latest_traffic(item: Manifest) -> object:
+    """Percent of the requests that the latest revision gets."""
+    traffic = item.get("status", {}).get("components", {}).get("predictor", {}).get("traffic", ())
+    return next((target["percent"] for target in traffic if target.get("latestRevision")), "")
+
+
+def _latest_ready(item: Manifest) -> object:
+    return item.get("status", {}).get("components", {}).get("predictor", {}).get("latestReadyRevision", "")
+
+
+def _spec(item: Manifest, field: str) -> Any:
+    return item.get("spec", {}).get(field)
+
+
+def _listed(items: Sequence[Manifest] | None) -> str:
+    return ",".join(dict.fromkeys(str(item.get("name", "")) for item in items or ()))
+
+
 _NAME: Column = ("NAME", lambda item: _meta(item, "name"))
 _AGE: Column = ("AGE", age)
+_RUNTIME: list[Column] = [
+    _NAME,
+    ("DISABLED", lambda item: str(_spec(item, "disabled") or "").lower()),
+    ("MODELTYPE", lambda item: _listed(_spec(item, "supportedModelFormats"))),
+    ("CONTAINERS", lambda item: _listed(_spec(item, "containers"))),
+    _AGE,
+]
 _COLUMNS: dict[str, list[Column]] = {
     "service": [
         _NAME,
@@ -142,5 +167,15 @@ _COLUMNS: dict[str, list[Column]] = {
         ("RESTARTS", _status("restarts")),
         ("AGE", _pod_age),
     ],
+    "inferenceservice": [
+        _NAME,
+        ("URL", _status("url")),
+        ("READY", _ready),
+        ("LATEST", _latest_traffic),
+        ("LATESTREADYREVISION", _latest_ready),
+        _AGE,
+    ],
+    "servingruntime": _RUNTIME,
+    "clusterservingruntime": _RUNTIME,
     "configmap": [_NAME, ("DATA", lambda item: len(item.get("data") or {})), _AGE],
 }

@@ -168,7 +168,8 @@ def _show(plan: Plan, cost: ModelCost) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from orchestrator.planner import Cost, count_text, size_text
+    from orchestrator.cost import Cost
+    from orchestrator.planner import count_text, size_text
 
     parts = [cost.of(stage.blocks) for stage in plan.stages]
     total = sum(parts, Cost())

@@ -18,8 +18,22 @@ KINDS = {
     **dict.fromkeys(("revision", "revisions", "rev", "revisions.serving.knative.dev"), "revision"),
     **dict.fromkeys(("pod", "pods", "po"), "pod"),
     **dict.fromkeys(("configmap", "configmaps", "cm"), "configmap"),
+    **dict.fromkeys(
+        ("inferenceservice", "inferenceservices", "isvc", "inferenceservices.serving.kserve.io"), "inferenceservice"
+    ),
+    **dict.fromkeys(("servingruntime", "servingruntimes", "servingruntimes.serving.kserve.io"), "servingruntime"),
+    **dict.fromkeys(
+        ("clusterservingruntime", "clusterservingruntimes", "clusterservingruntimes.serving.kserve.io"),
+        "clusterservingruntime",
+    ),
 }
-FULL_KINDS = {"service": "service.serving.knative.dev", "revision": "revision.serving.knative.dev"}
+FULL_KINDS = {
+    "service": "service.serving.knative.dev",
+    "revision": "revision.serving.knative.dev",
+    "inferenceservice": "inferenceservice.serving.kserve.io",
+    "servingruntime": "servingruntime.serving.kserve.io",
+    "clusterservingruntime": "clusterservingruntime.serving.kserve.io",
+}
 
 
 def platform_names() -> list[str]:
@@ -70,10 +84,14 @@ def readable_errors() -> Iterator[None]:
 
 
 def kind_named(text: str) -> str:
-    """service, revision, pod or configmap, from any of kubectl's names for it. Else ends the command with 2."""
+    """A kind of control.KINDS, from any of kubectl's names for it. Else ends the command with 2."""
     kind = KINDS.get(text.lower())
     if kind is None:
-        fail(f"there is no kind {text!r}; there are services (ksvc), revisions (rev), pods (po), configmaps (cm)", 2)
+        fail(
+            f"there is no kind {text!r}; there are services (ksvc), revisions (rev), pods (po), configmaps (cm), "
+            "inferenceservices (isvc), servingruntimes, clusterservingruntimes",
+            2,
+        )
     return kind
 
 
@@ -83,7 +101,7 @@ def full_kind(kind: str) -> str:
 
 
 def complete_kind(incomplete: str) -> list[str]:
-    return [kind for kind in ("service", "revision", "pod", "configmap") if kind.startswith(incomplete)]
+    return [kind for kind in dict.fromkeys(KINDS.values()) if kind.startswith(incomplete)]
 
 
 def names_of(kind: str, namespace: str, platform: str | None) -> list[str]:

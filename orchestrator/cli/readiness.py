@@ -16,12 +16,16 @@ POLL_S = 0.2
 FAILED_FOR_S = 2.0  # Ready may be False for a moment while a new revision comes up
 
 Key = tuple[str, str]  # namespace, name
+Waited = tuple[str, str, str]  # kind, namespace, name
 Show = Callable[[list[str], list[str]], object]  # a line for each that is waited for; those of them that changed
 
 
-def wait_ready(client: Client, services: Sequence[Key], timeout_s: float) -> bool:
+def wait_ready(
+    client: Client, services: Sequence[Key], timeout_s: float, *, inference_services: Sequence[Key] = ()
+) -> bool:
     """Whether all of them became Ready in time; says of each one when it is, or why it is not. Raises KnativeError."""
-    wait = _Wait(services, time.monotonic() + timeout_s)
+    waited = [("service", *key) for key in services] + [("inferenceservice", *key) for key in inference_services]
+    wait = _Wait(waited, time.monotonic() + timeout_s)
     if not err.is_terminal:
         return wait.run(client, lambda _waiting, changed: note("\n".join(changed)) if changed else None)
     with err.status("") as status:
@@ -29,33 +33,34 @@ def wait_ready(client: Client, services: Sequence[Key], timeout_s: float) -> boo
 
 
 class _Wait:
-    def __init__(self, services: Sequence[Key], ends_s: float) -> None:
+    def __init__(self, services: Sequence[Waited], ends_s: float) -> None:
         self._left = dict.fromkeys(services, "")  # what each waits for
-        self._failing_since_s: dict[Key, float] = {}
+        self._failing_since_s: dict[Waited, float] = {}
         self._ends_s = ends_s
         self._all_ready = True
 
     def run(self, client: Client, show: Show) -> bool:
         while True:
             before = dict(self._left)
-            items = {_key(item): item for item in client.get("service")}
+            kinds = dict.fromkeys(kind for kind, _, _ in before)
+            items = {(kind, *_key(item)): item for kind in kinds for item in client.get(kind)}
             for key in before:
                 self._look(key, items.get(key))
             if not self._left:
                 return self._all_ready
             if time.monotonic() >= self._ends_s:
                 for key, message in self._left.items():
-                    note(f"service {key[1]} is not ready in time: {message}")
+                    note(f"{_shown(key)} is not ready in time: {message}")
                 return False
             if self._left != before:
-                lines = {key: f"service {key[1]}: {message}" for key, message in self._left.items() if message}
+                lines = {key: f"{_shown(key)}: {message}" for key, message in self._left.items() if message}
                 changed = [line for key, line in lines.items() if before[key] != self._left[key]]
                 show(list(lines.values()), changed)
             time.sleep(POLL_S)
 
-    def _look(self, key: Key, item: Mapping[str, Any] | None) -> None:
+    def _look(self, key: Waited, item: Mapping[str, Any] | None) -> None:
         if item is None:
-            self._finish(key, f"service {key[1]} was deleted meanwhile", ready=False)
+            self._finish(key, f"{_shown(key)} was deleted meanwhile", ready=False)
             return
         condition = ready_condition(item)
         if not _is_current(item):
@@ -63,16 +68,21 @@ class _Wait:
         status, message = condition.get("status"), _message(condition)
         self._left[key] = message or "not yet looked at"
         if status == "True":
-            self._finish(key, f"service {key[1]} is ready at {item['status'].get('url', '')}", ready=True)
+            self._finish(key, f"{_shown(key)} is ready at {item['status'].get('url', '')}", ready=True)
         elif status != "False":
             self._failing_since_s.pop(key, None)
         elif time.monotonic() - self._failing_since_s.setdefault(key, time.monotonic()) >= FAILED_FOR_S:
-            self._finish(key, f"service {key[1]} failed: {message}", ready=False)
+            self._finish(key, f"{_shown(key)} failed: {message}", ready=False)
 
-    def _finish(self, key: Key, message: str, *, ready: bool) -> None:
+    def _finish(self, key: Waited, message: str, *, ready: bool) -> None:
         del self._left[key]
         self._all_ready &= ready
         note(message)
+
+
+def _shown(key: Waited) -> str:
+    kind, _, name = key
+    return f"{kind} {name}"
 
 
 def _is_current(item: Mapping[str, Any]) -> bool:

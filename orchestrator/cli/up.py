@@ -26,8 +26,8 @@ from orchestrator.cli.running_platform import problems_of, stop_told, tell_probl
 
 if TYPE_CHECKING:
     from knative.platform import Platform, PlatformSettings
-    from orchestrator.manifests import Deployable
     from orchestrator.plan import Plan
+    from orchestrator.render.deployment import Deployment
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # a plan may say no others
 T = TypeVar("T")
@@ -133,7 +133,7 @@ def up(
 
     stagecraft up demo --stages 2 --prompt "ROMEO:" --exit
     """
-    from orchestrator.manifests import Deployable, Scaling
+    from orchestrator.render.deployment import Deployment, DeploymentError, Scaling, WeightSource
 
     if leave and prompt is None:
         fail("--exit needs --prompt: what should be done before the exit?", 2)
@@ -142,23 +142,24 @@ def up(
     most = max(min_scale, max_scale or default_replicas(len(chosen.stages), per_stage))
     if max_scale is not None and max_scale < min_scale:
         fail(f"--max-scale {max_scale} is below --min-scale {min_scale}", 2)
-    deployable = Deployable(
-        chosen,
-        scaling=Scaling(
-            target=target,
-            window_s=_window_s(window),
-            grace_s=_grace_s(grace),
-            min_scale=min_scale,
-            max_scale=most,
-        ),
-        device=device,
-        threads_per_stage=per_stage,
-        kv_bytes_max=None if kv_memory is None else _bytes("--kv-memory", kv_memory),
-        lane_width=lane_width,
-    )
+    try:
+        deployment = Deployment(
+            chosen,
+            # initial scale 0: everything starts with the first request
+            scaling=Scaling(target, None, _window_s(window), min_scale, most, initial_scale=0, grace_s=_grace_s(grace)),
+            device=device,
+            threads_per_stage=per_stage,
+            kv_bytes_max=None if kv_memory is None else _bytes("--kv-memory", kv_memory),
+            # all stages, and all replicas they may have, share what one machine has
+            kv_share=1 / (len(chosen.stages) * most),
+            weights=WeightSource(chosen.model if "://" in chosen.model else f"file://{chosen.model}"),
+            lane_width=lane_width,
+        )
+    except DeploymentError as error:
+        fail(str(error), 2)
     with log_folder(log_dir) as folder:
-        settings = _platform_settings(deployable, folder, host, (port, grpc_port, metrics_port), fork)
-        raise typer.Exit(_run(_until_signal(deployable, settings, prompt, leave, as_json), folder))
+        settings = _platform_settings(deployment, folder, host, (port, grpc_port, metrics_port), fork)
+        raise typer.Exit(_run(_until_signal(deployment, settings, prompt, leave, as_json), folder))
 
 
 def default_threads(stages: int) -> int:
@@ -189,10 +190,10 @@ def _run(work: Any, folder: Path) -> int:
 
 
 async def _until_signal(
-    deployable: Deployable, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
+    deployment: Deployment, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
 ) -> int:
     """Runs the deployment and returns the exit code. The first signal stops it."""
-    work = asyncio.create_task(_serve(deployable, settings, prompt, leave, as_json))
+    work = asyncio.create_task(_serve(deployment, settings, prompt, leave, as_json))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, work.cancel)
     try:
@@ -202,21 +203,21 @@ async def _until_signal(
 
 
 async def _serve(
-    deployable: Deployable, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
+    deployment: Deployment, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
 ) -> int:
     from knative.errors import KnativeError
     from orchestrator.cli.completions import EndpointError
 
     try:
-        async with _deployed(deployable, settings) as (platform, urls):
+        async with _deployed(deployment, settings) as (platform, urls):
             if as_json:
-                print(json.dumps(_facts(deployable, platform, urls)), flush=True)
+                print(json.dumps(_facts(deployment, platform, urls)), flush=True)
             with stop_told(platform):
                 if prompt is not None:
-                    await _unless_failing(platform, _answer(deployable, platform, urls, prompt))
+                    await _unless_failing(platform, _answer(deployment, platform, urls, prompt))
                 if not leave:
                     if not as_json:
-                        print(_banner(deployable, platform, urls), flush=True)
+                        print(_banner(deployment, platform, urls), flush=True)
                     await _tell_failures(platform)
     except UpError as error:
         tell_problems(error.problems)
@@ -228,24 +229,24 @@ async def _serve(
 
 
 @asynccontextmanager
-async def _deployed(deployable: Deployable, settings: PlatformSettings) -> AsyncIterator[tuple[Platform, Urls]]:
+async def _deployed(deployment: Deployment, settings: PlatformSettings) -> AsyncIterator[tuple[Platform, Urls]]:
     """The platform with the plan's services applied, listening. Raises KnativeError and UpError."""
     from knative.errors import Unavailable
     from knative.platform import Platform
     from knative.resources.documents import read_documents
-    from orchestrator.manifests import write_manifests
+    from orchestrator.render.local import write_local
 
-    written = write_manifests(deployable, settings.folder / "manifests")
+    written = write_local(deployment, settings.folder / "manifests")
     async with AsyncExitStack() as stack:
         try:
             platform = await stack.enter_async_context(Platform(settings))
         except Unavailable as error:
             problems = problems_of(error, "--port, --grpc-port, --metrics-port or --host")
             raise UpError(*problems, exit_code=2) from None
-        await _publish(platform, deployable.name, stack)
+        await _publish(platform, deployment.service_name, stack)
         # these only: --log-dir may hold those of another run
         await platform.apply([document for path in written for document in read_documents(path)])
-        yield platform, Urls(platform.url, platform.grpc, deployable.plan.name)
+        yield platform, Urls(platform.url, platform.grpc, deployment.plan.name)
 
 
 async def _publish(platform: Platform, wanted: str, stack: AsyncExitStack) -> None:
@@ -304,7 +305,7 @@ def _failures(platform: Platform) -> dict[str, str]:
     }
 
 
-async def _answer(deployable: Deployable, platform: Platform, urls: Urls, prompt: str) -> None:
+async def _answer(deployment: Deployment, platform: Platform, urls: Urls, prompt: str) -> None:
     from orchestrator.cli import completions
     from orchestrator.cli.console import write_text
     from orchestrator.cli.generate import Tally, show
@@ -317,9 +318,9 @@ async def _answer(deployable: Deployable, platform: Platform, urls: Urls, prompt
         "temperature": PROMPT_TEMPERATURE,
         "seed": PROMPT_SEED,
     }
-    stages = zip(deployable.stage_names, deployable.plan.stages, strict=True)
+    stages = zip(deployment.stage_names, deployment.plan.stages, strict=True)
     rows = {name: (f"stage {index}", f"blocks {stage.blocks}") for index, (name, stage) in enumerate(stages)}
-    view = WakeView({**rows, deployable.name: ("orchestrator", "endpoints")}, platform.status)
+    view = WakeView({**rows, deployment.service_name: ("orchestrator", "endpoints")}, platform.status)
     tally = Tally()
 
     def first_text() -> None:
@@ -391,19 +392,19 @@ def _grace_s(text: str) -> float:
 
 
 def _platform_settings(
-    deployable: Deployable, folder: Path, host: str, ports: tuple[int, int, int], fork: bool
+    deployment: Deployment, folder: Path, host: str, ports: tuple[int, int, int], fork: bool
 ) -> PlatformSettings:
     from knative.platform import PlatformSettings
 
     port, grpc_port, metrics_port = ports
     return PlatformSettings(
         folder=folder.resolve(),
-        name=_free_name(deployable.name),
+        name=_free_name(deployment.service_name),
         host=host,
         port=port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
-        default_service=f"{deployable.namespace}/{deployable.name}",
+        default_service=f"{deployment.namespace}/{deployment.service_name}",
         fork=fork,
     )
 
@@ -417,10 +418,10 @@ def _free_name(wanted: str) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _facts(deployable: Deployable, platform: Platform, urls: Urls) -> dict[str, object]:
+def _facts(deployment: Deployment, platform: Platform, urls: Urls) -> dict[str, object]:
     stages = [
-        {"index": index, "blocks": str(stage.blocks), "service": name, "url": _url(platform, deployable, name)}
-        for index, (stage, name) in enumerate(zip(deployable.plan.stages, deployable.stage_names, strict=True))
+        {"index": index, "blocks": str(stage.blocks), "service": name, "url": _url(platform, deployment, name)}
+        for index, (stage, name) in enumerate(zip(deployment.plan.stages, deployment.stage_names, strict=True))
     ]
     return {
         "model": urls.name,
@@ -432,19 +433,19 @@ def _facts(deployable: Deployable, platform: Platform, urls: Urls) -> dict[str, 
         "metrics": f"{urls.base}/metrics",
         "platform_metrics": platform.metrics_url,
         "stages": stages,
-        "orchestrator": {"service": deployable.name},
+        "orchestrator": {"service": deployment.service_name},
         "platform": platform.settings.name,
         "log_dir": str(platform.settings.folder),
     }
 
 
-def _url(platform: Platform, deployable: Deployable, name: str) -> str:
-    return platform.service_url(deployable.namespace, name)
+def _url(platform: Platform, deployment: Deployment, name: str) -> str:
+    return platform.service_url(deployment.namespace, name)
 
 
-def _banner(deployable: Deployable, platform: Platform, urls: Urls) -> str:
+def _banner(deployment: Deployment, platform: Platform, urls: Urls) -> str:
     body = json.dumps({"model": urls.name, "prompt": "ROMEO:", "max_tokens": 60})
-    count = len(deployable.plan.stages)
+    count = len(deployment.plan.stages)
     return f"""
 {urls.name} is served in {count} stage{"s"[: count > 1]}, from zero with the first request; Ctrl-C stops it.
 

@@ -33,7 +33,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "MODEL": "s3://b/m", "BLOCKS": "0:3", "INDEX": "1", "COUNT": "4", "PLAN": "ab", "MODEL_NAME": "n",
         "DTYPE": "bfloat16", "DEVICE": "cuda:1", "KV_BYTES_MAX": "123", "BODY_BYTES_MAX": "456", "THREADS": "2",
-        "REPLICA": "10.0.0.1:8012", "KV_SHARE": "0.5",
+        "REPLICA": "10.0.0.1:8012", "KV_SHARE": "0.5", "MODEL_WAIT_S": "7.5",
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(f"STAGE_{name}", value)
@@ -124,6 +124,29 @@ def test_kv_budget_is_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kv_budget_of_a_host_is_bounded() -> None:
     assert 0 < read_settings().kv_budget_bytes(torch.device("cpu")) <= 4 << 30
+
+
+def test_kv_budget_of_a_container_is_a_share_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text(str(64 << 20))
+    (tmp_path / "memory.current").write_text(str(24 << 20))
+    monkeypatch.setenv("STAGE_KV_SHARE", "0.5")
+    assert read_settings().kv_budget_bytes(torch.device("cpu"), tmp_path) == (40 << 20) * 0.25 * 0.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "quota", "expected"), [("0", "100000", 1), ("0", "max", 3), ("0", "800000", 3), ("5", "100000", 5)]
+)
+def test_threads_are_those_set_or_at_most_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, quota: str, expected: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000")
+    monkeypatch.setenv("STAGE_THREADS", setting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert read_settings().torch_threads(tmp_path) == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_file_named_env_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_the_urls_it_prints_answer(up: Up, texts: dict[str, str]) -> None:
 def test_the_manifests_it_wrote_are_those_it_serves(up: Up) -> None:
     files = sorted((up.folder / "manifests").glob("*.yaml"))
     assert [path.name for path in files] == [
-        "00-config-autoscaler.yaml", "01-tiny-stage-0.yaml", "02-tiny-stage-1.yaml", "03-tiny.yaml",
+        "config-autoscaler.yaml", "orchestrator.yaml", "stage-0.yaml", "stage-1.yaml",
     ]  # fmt: skip
     applied = {one["metadata"]["name"]: one["spec"] for one in up.client.get("service")}
     for path in files[1:]:

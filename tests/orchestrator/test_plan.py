@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functions.contract.spans import BlockSpan
+from orchestrator.cost import Cost, StageProfile
 from orchestrator.plan import DTYPES, Plan, PlanError, StageSpec, dump_plan, load_plan, locate_model, parse_plan
 
 GOOD = """\
@@ -29,15 +30,41 @@ def stages(*borders: int) -> tuple[StageSpec, ...]:
     return tuple(StageSpec(BlockSpan(a, b)) for a, b in pairwise(borders))
 
 
+def timings() -> st.SearchStrategy[tuple[tuple[int, float], ...]]:
+    durations = st.floats(1e-9, 1e6)
+    return st.dictionaries(st.integers(1, 10**6), durations, min_size=1, max_size=5).map(
+        lambda d: tuple(sorted(d.items()))
+    )
+
+
+printable = st.text(min_size=1, max_size=30).filter(lambda t: t.isprintable() and t.strip() != "")
+counts = st.integers(0, 10**18)
+costs = st.builds(Cost, counts, counts, counts, counts)
+profiles = st.builds(
+    StageProfile,
+    device=printable,
+    dtype=st.sampled_from(DTYPES[1:]),
+    measured=st.dates().map(str),
+    load_s=st.floats(1e-9, 1e6),
+    decode_s=timings(),
+    prefill_s=timings(),
+    memory_bytes=counts,
+    device_memory_bytes=counts,
+)
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
     borders = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    text = st.text(min_size=1, max_size=30).filter(lambda t: t.isprintable() and t.strip() != "")
+    figures = st.none() | costs, st.none() | profiles
     return Plan(
-        draw(text | st.sampled_from(["demo", "true", "3", "1e3", "null", "~", "owner/name@main", "#x", ": -", "0:3"])),
-        draw(text | st.sampled_from(["yes", "2001-01-01", "'", '"', "\\", "0x1F", ".5", "-", "{}"])),
-        stages(*borders),
+        draw(
+            printable
+            | st.sampled_from(["demo", "true", "3", "1e3", "null", "~", "owner/name@main", "#x", ": -", "0:3"])
+        ),
+        draw(printable | st.sampled_from(["yes", "2001-01-01", "'", '"', "\\", "0x1F", ".5", "-", "{}"])),
+        tuple(replace(stage, cost=draw(figures[0]), profile=draw(figures[1])) for stage in stages(*borders)),
         draw(st.sampled_from(DTYPES)),
         draw(st.sampled_from([None, borders[-1]])),
         draw(st.sampled_from([None, "0123456789abcdef", "1234567890123456", "12345678901234e5"])),
@@ -143,6 +170,112 @@ def test_a_slip_is_named_with_its_line(old: str, new: str, line: int, said: str,
     assert "\n" not in str(caught.value)
 
 
+FIGURES = """\
+version: 1
+name: demo
+model: demo
+stages:
+  - blocks: "0:3"
+    cost: {parameters: 9, weight_bytes: 36, kv_bytes_per_token: 4, flops_per_token: 18}
+    profile:
+      device: cpu, 2 threads
+      dtype: float32
+      measured: 2026-11-24
+      load_s: 3.5
+      decode_ms: {1: 5.2, 8: 9}
+      prefill_ms:
+        128: 30.1
+        512: 99.25
+      memory_bytes: 1000
+"""
+PROFILE = StageProfile(
+    device="cpu, 2 threads", dtype="float32", measured="2026-11-24", load_s=3.5, decode_s=((1, 0.0052), (8, 0.009)),
+    prefill_s=((128, 0.0301), (512, 0.09925)), memory_bytes=1000,
+)  # fmt: skip
+
+
+def test_figures_are_read_in_seconds() -> None:
+    stage = parse_plan(FIGURES).stages[0]
+    assert stage == StageSpec(BlockSpan(0, 3), Cost(9, 36, 4, 18), PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("cost: {parameters: 9, ", "cost: {", 6, "cost of stage 0 lacks parameters; it needs parameters, weight_bytes"),
+        ("parameters: 9", "params: 9", 6, "unknown key 'params' in cost of stage 0; known are parameters, weight_b"),
+        ("parameters: 9", "parameters: -9", 6, "stage 0: parameters must be a whole number in 0..1000000000000000000"),
+        ("parameters: 9", "parameters: many", 6, r"parameters must be a whole number .* got text \(many\)"),
+        ("parameters: 9", "parameters: 9.5", 6, "parameters must be a whole number"),
+        ("parameters: 9", "parameters: 1000000000000000001", 6, "parameters must be a whole number"),
+        ("profile:", "profiles:", 7, "unknown key 'profiles' in stage 0; known are blocks, cost, profile"),
+        ("      load_s: 3.5\n", "", 8, "profile of stage 0 lacks load_s; it needs device, dtype, measured, load_s"),
+        ("device: cpu, 2 threads", "device: 2", 8, r'device must be text, got a whole number \(2\); write it in'),
+        ("device: cpu, 2 threads", "device: ' '", 8, "stage 0: device must be text that can be printed"),
+        ("2026-11-24", "yesterday", 10, "stage 0: measured must be a day such as 2026-11-24, got 'yesterday'"),
+        ("2026-11-24", "2026-02-30", 10, "measured must be a day"),
+        ("2026-11-24", "2026-11-24T10:00:00Z", 10, "measured must be a day"),
+        ("load_s: 3.5", "load_s: 0", 11, "stage 0: load_s must be above 0 s and at most 1,000,000 s, got 0"),
+        ("load_s: 3.5", "load_s: -1", 11, "stage 0: load_s must be a number, such as 5.2"),
+        ("load_s: 3.5", "load_s: .inf", 11, "load_s must be a number"),
+        ("load_s: 3.5", "load_s: .nan", 11, "load_s must be a number"),
+        ("load_s: 3.5", "load_s: fast", 11, r"load_s must be a number, .* got text \(fast\)"),
+        ("{1: 5.2, 8: 9}", "5.2", 12, r"stage 0: decode_ms is a mapping of widths to milliseconds, such as .*got a n"),
+        ("{1: 5.2, 8: 9}", "{}", 12, "decode_ms is empty; it has at least one width and its duration"),
+        ("{1: 5.2, 8: 9}", "{8: 5.2, 1: 9}", 12, "stage 0: decode_ms: widths must grow, 1 stands after 8"),
+        ("{1: 5.2, 8: 9}", "{1: 5.2, 1: 9}", 12, "widths must grow, 1 stands after 1"),
+        ("{1: 5.2, 8: 9}", "{0: 5.2}", 12, "decode_ms: a width must be a whole number in 1..1000000"),
+        ("{1: 5.2, 8: 9}", "{a: 5.2}", 12, r"a width must be a whole number .* got text \(a\)"),
+        ("{1: 5.2, 8: 9}", "{[1]: 5.2}", 12, "a width must be a whole number .* got a list"),
+        ("{1: 5.2, 8: 9}", "{1: 0.0}", 12, "stage 0: decode_ms at 1 must be above 0 s"),
+        ("512: 99.25", "12: 99.25", 15, "stage 0: prefill_ms: widths must grow, 12 stands after 128"),
+        ("512: 99.25", "512: slow", 15, r"prefill_ms at 512 must be a number, .* got text \(slow\)"),
+        ("memory_bytes: 1000", "memory_bytes: 1GiB", 16, "stage 0: memory_bytes must be a whole number"),
+        ("memory_bytes: 1000", "memory_bytes: 1\n      device_memory_bytes: -1", 17, "device_memory_bytes must be a"),
+    ],
+)  # fmt: skip
+def test_a_slip_in_figures_is_named_with_its_line(old: str, new: str, line: int, said: str) -> None:
+    assert FIGURES.count(old) == 1
+    with pytest.raises(PlanError, match=said) as caught:
+        parse_plan(FIGURES.replace(old, new), "my.yaml")
+    assert str(caught.value).startswith(f"my.yaml:{line}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_figures_are_written_for_people() -> None:
+    text = dump_plan(parse_plan(FIGURES))
+    assert "    cost: {parameters: 9, weight_bytes: 36, kv_bytes_per_token: 4, flops_per_token: 18}\n" in text
+    assert "      decode_ms: {1: 5.2, 8: 9}  # sequences in a step" in text
+    assert "remove them where you move a border" in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert "# cost" not in dump_plan(Plan("demo", "demo", stages(0, 3, 6))), "nothing is explained that is not there"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"device": ""},
+        {"dtype": "\n"},
+        {"measured": "2026-13-01"},
+        {"load_s": 0.0},
+        {"load_s": float("nan")},
+        {"decode_s": ()},
+        {"decode_s": ((1, 1e7),)},
+        {"prefill_s": ((2, 1.0), (1, 1.0))},
+        {"memory_bytes": -1},
+        {"device_memory_bytes": 10**19},
+    ],
+)
+def test_a_profile_is_checked_when_built(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(values))}"):
+        replace(PROFILE, **values)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_a_cost_is_checked_when_built() -> None:
+    with pytest.raises(ValueError, match=r"weight_bytes must be a whole number in 0\.\.\d+, got -1"):
+        Cost(1, -1)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -192,6 +325,8 @@ def test_the_digest_tells_stages_that_fit_from_stages_that_do_not() -> None:
     assert len({p.digest for p in [plan, *others]}) == 7
     assert len(plan.digest) == 16
     assert int(plan.digest, 16) >= 0
+    first = replace(plan.stages[0], cost=Cost(1, 2, 3, 4), profile=PROFILE)
+    assert replace(plan, stages=(first, plan.stages[1])).digest == plan.digest, "figures do not change the cut"
     assert replace(plan, model="s3://elsewhere/demo", name="other").digest == plan.digest, "the same model, moved"
 
 

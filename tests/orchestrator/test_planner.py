@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from functions.contract.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from functions.contract.spans import BlockSpan
+from orchestrator.cost import Cost
 from orchestrator.plan import Plan, PlanError
 from orchestrator.planner import (
-    Cost,
     ModelCost,
     check_plan,
     fingerprint,
@@ -283,6 +283,8 @@ def test_a_plan_knows_its_checkpoint(saved: Any) -> None:
     plan = plan_by_stages(checkpoint, 2, dtype="float32", name="mine", model="owner/name")
     assert (plan.model, plan.name, plan.dtype, plan.block_count) == ("owner/name", "mine", "float32", 4)
     check_plan(plan, checkpoint)
+    cost = model_cost(checkpoint, "float32")
+    assert [stage.cost for stage in plan.stages] == [cost.of(stage.blocks) for stage in plan.stages]
     with pytest.raises(PlanError, match=r"end at block 4, .* has 3 blocks"):
         check_plan(plan, saved("phi3")[0])
     with pytest.raises(PlanError, match="made for another checkpoint"):

@@ -13,6 +13,7 @@ from knative.autoscaler.config import AutoscalerConfig
 from knative.errors import ValidationError
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig
 from knative.resources.documents import Document, parse
+from knative.resources.kserve_schema import INFERENCE_SERVICE, SERVING_RUNTIME
 from knative.resources.objects import Service
 from knative.resources.schema import SERVICE, Shape
 
@@ -93,6 +94,14 @@ def test_any_tree_as_a_service(metadata: object, spec: object) -> None:
 def test_anything_with_the_fields_of_a_service(tree: object) -> None:
     head = {"apiVersion": "serving.knative.dev/v1", "kind": "Service"}
     apply({**tree, **head} if isinstance(tree, dict) else head)
+
+
+@settings(slow, max_examples=100)
+@given(shaped(INFERENCE_SERVICE), shaped(SERVING_RUNTIME))
+def test_anything_with_the_fields_of_kserves_kinds(service: object, runtime: object) -> None:
+    for value, version, kind in ((service, "v1beta1", "InferenceService"), (runtime, "v1alpha1", "ServingRuntime")):
+        head = {"apiVersion": f"serving.kserve.io/{version}", "kind": kind}
+        apply({**value, **head} if isinstance(value, dict) else head)
 
 
 @settings(slow, max_examples=400)

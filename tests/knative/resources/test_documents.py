@@ -156,7 +156,8 @@ def test_a_config_map_with_a_number_is_refused() -> None:
         ("eventing.knative.dev/v1", "Trigger"),
         ("eventing.knative.dev/v1beta2", "EventType"),
         ("kustomize.config.k8s.io/v1beta1", "Kustomization"),
-        ("serving.kserve.io/v1beta1", "InferenceService"),
+        ("serving.kserve.io/v1alpha1", "InferenceGraph"),
+        ("serving.kserve.io/v1alpha1", "ClusterStorageContainer"),
         ("apps/v1", "Deployment"),
         ("serving.knative.dev/v1beta1", "DomainMapping"),
     ],
@@ -170,13 +171,21 @@ def test_what_only_a_cluster_needs_is_skipped_with_a_reason(api_version: str, ki
 
 
 @pytest.mark.parametrize(
-    ("api_version", "kind"), [("serving.knative.dev/v1alpha1", "Service"), ("v1", "Servce"), ("acme.dev/v1", "Robot")]
+    ("api_version", "kind"),
+    [
+        ("serving.knative.dev/v1alpha1", "Service"),
+        ("serving.kserve.io/v1beta2", "InferenceService"),
+        ("v1", "Servce"),
+        ("acme.dev/v1", "Robot"),
+    ],
 )
 def test_an_unknown_kind_is_an_error_that_names_the_known_ones(api_version: str, kind: str) -> None:
     (found,) = problems(f"apiVersion: {api_version}\nkind: {kind}\n")
     assert found == (
         f'f.yaml:2: no matches for kind "{kind}" in version "{api_version}"\nknown are '
-        "Service (serving.knative.dev/v1), ConfigMap (v1), List (v1); kinds that only a cluster needs are skipped"
+        "Service (serving.knative.dev/v1), InferenceService (serving.kserve.io/v1beta1), ServingRuntime, "
+        "ClusterServingRuntime (serving.kserve.io/v1alpha1), ConfigMap (v1), List (v1); kinds that only a cluster "
+        "needs are skipped"
     )
 
 

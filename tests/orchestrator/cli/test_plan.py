@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from functions.contract.checkpoint import open_checkpoint
-from orchestrator.plan import dump_plan, load_plan
+from orchestrator.plan import dump_plan, load_plan, parse_plan
 from orchestrator.planner import check_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,7 +67,12 @@ def test_the_file_is_a_plan_for_the_checkpoint(run: Run, tiny_checkpoint: Path, 
     facts = json.loads(done.stdout)
     assert (facts["digest"], facts["fingerprint"]) == (plan.digest, plan.fingerprint)
     assert "# 0: embeddings + blocks 0 to 2: " in (tmp_path / "plan.yaml").read_text()
-    assert dump_plan(plan)
+    counted = ("parameters", "weight_bytes", "kv_bytes_per_token", "flops_per_token")
+    for stage, told in zip(plan.stages, facts["stages"], strict=True):
+        assert stage.cost is not None
+        assert stage.profile is None
+        assert asdict(stage.cost) == {key: told[key] for key in counted}, "rendering needs no checkpoint"
+    assert parse_plan(dump_plan(plan)) == plan
 
 
 def test_a_folder_beside_the_file_is_written_as_seen_from_it(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:

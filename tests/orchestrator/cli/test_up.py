@@ -266,7 +266,7 @@ def test_a_plan_file_decides_the_stages_whatever_the_log_folder_holds(
     planned = stagecraft("plan", tiny_checkpoint, "--stages", 3, "--name", "tiny", "-o", file)
     assert planned.code == 0, planned.err
     (tmp_path / "manifests").mkdir()
-    (tmp_path / "manifests" / "03-tiny.yaml").write_text("the orchestrator of a run in two stages")
+    (tmp_path / "manifests" / "stage-9.yaml").write_text("the orchestrator of a run in two stages")
     with serving("--plan", file, "--log-dir", tmp_path) as running:
         assert [stage["service"] for stage in running.facts["stages"]] == [f"tiny-stage-{index}" for index in range(3)]
         assert running.end(signal.SIGTERM) == (0, "")
