@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,17 +31,18 @@ ContextOption = Annotated[
 PollOption = Annotated[str, typer.Option(help="Time between two looks at the services.", hidden=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    timeout_s: float
-    poll_s: float
-
-
 def deploy(
     files: FilesArgument,
     context: ContextOption = None,
     wait: Annotated[bool, typer.Option(help="Wait until all services are ready.")] = True,
-    timeout: Annotated[str, typer.Option(help="Longest wait, such as 90s or 30m.")] = "10m",
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            help="Longest wait, such as 90s or 30m; by default the longest progress deadline among the services, "
+            "10m at least.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         DryRun, typer.Option(help="server: let the cluster check everything and say what would be done.")
     ] = "none",
@@ -68,7 +68,8 @@ def deploy(
 
     stagecraft deploy deploy/ --no-wait --json
     """
-    waiting = _Waiting(duration_s("--timeout", timeout), duration_s("--poll", poll))
+    timeout_s = None if timeout is None else duration_s("--timeout", timeout)
+    poll_s = duration_s("--poll", poll)
     with cluster_errors():
         from orchestrator.cluster import connect, read_objects
 
@@ -79,7 +80,7 @@ def deploy(
                 _print_planned(cluster, located, planned, as_json)
                 return
             applied = _write(cluster, located.placed, force_conflicts, as_json)
-            seen = _wait_ready(cluster, applied, waiting) if wait else {}
+            seen = _wait_ready(cluster, applied, timeout_s, poll_s) if wait else {}
             if as_json:
                 print(json.dumps(_facts(cluster, located, applied, seen)))
     if any(readiness.state != "ready" for readiness in seen.values()):
@@ -105,7 +106,7 @@ def undeploy(
 
     stagecraft undeploy deploy/ --context production --no-wait
     """
-    waiting = _Waiting(duration_s("--timeout", timeout), duration_s("--poll", poll))
+    timeout_s, poll_s = duration_s("--timeout", timeout), duration_s("--poll", poll)
     with cluster_errors():
         from orchestrator.cluster import connect, locate, read_objects
 
@@ -114,7 +115,7 @@ def undeploy(
             located = locate(cluster, objects, missing_is_fine=True)
             _note_skipped(located)
             deleted, missing = _remove(cluster, located.placed, as_json)
-            left = _wait_gone(cluster, deleted, waiting) if wait else []
+            left = _wait_gone(cluster, deleted, timeout_s, poll_s) if wait else []
             if as_json:
                 objects_told = [*_told(deleted, "deleted"), *_told(missing, "not found")]
                 print(json.dumps({**_where(cluster), "objects": objects_told, "left": left}))
@@ -189,16 +190,19 @@ def _write(cluster: Cluster, placed: Sequence[Placed], force: bool, as_json: boo
 _GO_ON = "stagecraft status --cluster shows how they come up, and the same command goes on waiting for them"
 
 
-def _wait_ready(cluster: Cluster, applied: Sequence[Applied], waiting: _Waiting) -> dict[Target, Readiness]:
-    from orchestrator.cluster import ClusterError, targets, wait_ready
+def _wait_ready(
+    cluster: Cluster, applied: Sequence[Applied], timeout_s: float | None, poll_s: float
+) -> dict[Target, Readiness]:
+    from orchestrator.cluster import ClusterError, patience_s, targets, wait_ready
 
     waited_for = targets(applied)
     if not waited_for:
         note("there is nothing to wait for: no service is among the objects")
         return {}
+    longest_s = patience_s(waited_for) if timeout_s is None else timeout_s
     try:
         with _progress() as progress:
-            seen = wait_ready(cluster, waited_for, waiting.timeout_s, progress, poll_s=waiting.poll_s)
+            seen = wait_ready(cluster, waited_for, longest_s, progress, poll_s=poll_s)
     except KeyboardInterrupt:
         note(f"stopped waiting: the objects stay; {_GO_ON}")
         raise typer.Exit(130) from None
@@ -206,7 +210,7 @@ def _wait_ready(cluster: Cluster, applied: Sequence[Applied], waiting: _Waiting)
         raise ClusterError([*error.problems, f"all objects are written; {_GO_ON}"]) from None
     for target, (readiness, why) in seen.items():
         if readiness.state != "ready":
-            _tell_trouble(f"{target} is not ready after {waiting.timeout_s:g} s: {readiness}", why)
+            _tell_trouble(f"{target} is not ready after {longest_s:g} s: {readiness}", why)
     return {target: readiness for target, (readiness, _why) in seen.items()}
 
 
@@ -262,7 +266,7 @@ def _remove(cluster: Cluster, placed: Sequence[Placed], as_json: bool) -> tuple[
     return deleted, missing
 
 
-def _wait_gone(cluster: Cluster, deleted: Sequence[Placed], waiting: _Waiting) -> list[str]:
+def _wait_gone(cluster: Cluster, deleted: Sequence[Placed], timeout_s: float, poll_s: float) -> list[str]:
     """What is still there when the time is over."""
     from rich.text import Text
 
@@ -274,7 +278,7 @@ def _wait_gone(cluster: Cluster, deleted: Sequence[Placed], waiting: _Waiting) -
             def show(left: Sequence[str]) -> None:
                 status.update(Text(f"waiting for {', '.join(left)}", overflow="ellipsis", no_wrap=True))
 
-            return wait_gone(cluster, deleted, waiting.timeout_s, show, poll_s=waiting.poll_s)
+            return wait_gone(cluster, deleted, timeout_s, show, poll_s=poll_s)
     except KeyboardInterrupt:
         note("stopped waiting: the objects are deleted; their pods may still be draining")
         raise typer.Exit(130) from None

@@ -16,6 +16,7 @@ from orchestrator.cli.options import duration_s
 if TYPE_CHECKING:
     from orchestrator.render.deployment import Deployment, Gpu, Scheduling, Toleration
     from orchestrator.render.settings import ClusterSetting
+    from orchestrator.targets import Workload
 
 Runtime = Literal["knative", "kserve"]
 NAMED = "stagecraft/stage"
@@ -100,7 +101,7 @@ def render(
     ] = 1,
     scale_down_delay: Annotated[
         str, typer.Option(help="Time that a lower load must last before replicas go.", rich_help_panel=_SCALE)
-    ] = "15s",
+    ] = "0s",
     target_burst_capacity: Annotated[
         int | None, typer.Option(help="By default above what all replicas take.", rich_help_panel=_SCALE)
     ] = None,
@@ -125,7 +126,6 @@ def render(
         str,
         typer.Option(help="Device of a stage, such as nvidia.com/gpu or nvidia.com/mig-1g.10gb.", rich_help_panel=_POD),
     ] = "",
-    gpus: Annotated[int, typer.Option(help="How many of them.", rich_help_panel=_POD)] = 1,
     gpu_memory: Annotated[
         str, typer.Option(help="Memory of one, such as 24GiB, to check that weights fit.", rich_help_panel=_POD)
     ] = "",
@@ -212,11 +212,10 @@ def render(
     from orchestrator.render.files import files, write
     from orchestrator.render.pods import threads_of
     from orchestrator.render.settings import needed_settings
-    from orchestrator.targets import Workload
 
     with _readable_errors():
         chosen = load_plan(plan)
-        gpu = _gpu(gpu_resource, gpus, gpu_memory, gpu_shared_by)
+        gpu = _gpu(gpu_resource, gpu_memory, gpu_shared_by)
         resources = Resources(cpu, memory)
         what = Deployment(
             chosen,
@@ -235,7 +234,7 @@ def render(
                 scale_down_delay_s=_whole_s("--scale-down-delay", scale_down_delay),
                 target_burst_capacity=target_burst_capacity,
             ),
-            workload=Workload(lane_width=lane_width, tokens_per_sequence=sequence_tokens, stretch=stretch),
+            workload=_workload(lane_width, sequence_tokens, stretch),
             stage=resources,
             orchestrator=Resources(orchestrator_cpu, orchestrator_memory),
             gpu=gpu,
@@ -282,14 +281,23 @@ def _readable_errors() -> Iterator[None]:
         fail(str(error), 2)
 
 
-def _gpu(resource: str, count: int, memory: str, shared_by: int) -> Gpu | None:
+def _gpu(resource: str, memory: str, shared_by: int) -> Gpu | None:
     from orchestrator.render.deployment import Gpu
 
     if not resource:
-        if count != 1 or memory or shared_by != 1:
-            fail("--gpus, --gpu-memory and --gpu-shared-by go with --gpu-resource, such as nvidia.com/gpu", 2)
+        if memory or shared_by != 1:
+            fail("--gpu-memory and --gpu-shared-by go with --gpu-resource, such as nvidia.com/gpu", 2)
         return None
-    return Gpu(resource, count, shared_by, _size("--gpu-memory", memory))
+    return Gpu(resource, shared_by, _size("--gpu-memory", memory))
+
+
+def _workload(lane_width: int, sequence_tokens: int, stretch: float) -> Workload:
+    from orchestrator.targets import Workload
+
+    try:
+        return Workload(lane_width=lane_width, tokens_per_sequence=sequence_tokens, stretch=stretch)
+    except ValueError as error:
+        fail(f"--lane-width, --sequence-tokens, --stretch: {error}", 2)
 
 
 def _scheduling(
@@ -388,6 +396,8 @@ def _tell(what: Deployment, folder: Path, format: str, settings: tuple[ClusterSe
         note("The cluster's administrator has to set first, since Knative's defaults refuse it:")
         for command in patch_commands(settings):
             note(f"  {command}")
+    if what.around is not None and what.around.deployer:
+        note(f"To let {what.around.deployer} deploy, an administrator applies role.yaml and role-binding.yaml first.")
     if not what.images.registry:
         note(
             f"No --image-registry: nodes look for {what.images.name(NAMED)} on Docker Hub. Push the images of "

@@ -14,7 +14,7 @@ from orchestrator.cluster.errors import ApiError, ClusterError, Unreachable
 from orchestrator.cluster.objects import Object, read_objects
 from orchestrator.cluster.overview import overview
 from orchestrator.cluster.remove import remove, wait_gone
-from orchestrator.cluster.watch import Progress, Target, targets, wait_ready
+from orchestrator.cluster.watch import Progress, Target, patience_s, targets, wait_ready
 
 __all__ = [
     "ApiError",
@@ -28,6 +28,7 @@ __all__ = [
     "connect",
     "locate",
     "overview",
+    "patience_s",
     "preflight",
     "read_objects",
     "remove",

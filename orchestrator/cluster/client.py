@@ -199,7 +199,9 @@ class Cluster:
 
     def _error(self, error: Any) -> ClusterError:
         if not error.status:  # no answer at all: the client says so of TLS only
-            return ClusterError(f"no safe connection to the cluster at {self.server}: {error.reason}")
+            return ClusterError(
+                f"no safe connection to the cluster at {self.server}: {' '.join(str(error.reason).split())}"
+            )
         try:
             answer = json.loads(error.body)
         except (TypeError, ValueError):
@@ -233,7 +235,7 @@ def connect(
     configuration.retries = False  # ours are bounded, wait in between, and are told
     try:
         chosen, namespace = _configured(configuration, context)
-    except ConfigException as error:
+    except (ConfigException, OSError, KeyError, TypeError, ValueError) as error:  # the client raises them for odd files
         raise ClusterError(f"the kubeconfig cannot be used: {error}") from None
     if not configuration.verify_ssl:
         import urllib3

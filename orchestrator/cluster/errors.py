@@ -74,6 +74,11 @@ def readable(error: ApiError) -> str:
             "the cluster does not accept your credentials (401 Unauthorized); they may have expired: log in again, or "
             "choose other ones with --context"
         )
+    if error.status == 403 and '"system:anonymous"' in error.message:
+        return (
+            "the cluster takes you for nobody (403 Forbidden, system:anonymous): the kubeconfig's user has no "
+            "credentials, or the program that fetches them failed; log in again"
+        )
     if error.status == 403 and (found := _FORBIDDEN.search(error.message)):
         resource = ".".join(part for part in (found["resource"], found["group"]) if part)
         return (

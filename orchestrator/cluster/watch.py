@@ -6,13 +6,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from knative.autoscaler.durations import parse_duration_s
 from orchestrator.cluster.apply import Applied
-from orchestrator.cluster.client import INFERENCE_SERVICE, SERVICE, Cluster, Kind
+from orchestrator.cluster.client import INFERENCE_SERVICE, SERVICE, Cluster, Kind, Tree
 from orchestrator.cluster.diagnosis import diagnosis
 from orchestrator.cluster.readiness import Readiness, inference_service_readiness, service_readiness
 
 POLL_S = 1.0
 SETTLE_S = 5.0  # KServe's controller has seen a change by then; its status does not tell
+_PATIENCE_S_MIN = 600.0
+_MARGIN_S = 60.0  # Knative tells a missed deadline a little later
+_DEADLINE = "serving.knative.dev/progress-deadline"  # of a revision's template; KServe passes an InferenceService's on
 _PREDICTOR = "-predictor"  # what KServe calls the Knative Service of an InferenceService
 
 
@@ -24,6 +28,7 @@ class Target:
     namespace: str
     name: str
     changed: bool
+    deadline_s: float = 0.0  # its progress deadline, 0 where it sets none
 
     @property
     def service(self) -> str:
@@ -82,10 +87,21 @@ class _Wait:
 def targets(applied: Iterable[Applied]) -> list[Target]:
     """The services among the objects."""
     return [
-        Target(one.placed.kind, one.placed.namespace, one.placed.object.name, one.action == "configured")
+        Target(
+            one.placed.kind,
+            one.placed.namespace,
+            one.placed.object.name,
+            one.action == "configured",
+            _deadline_s(one.placed.object.tree),
+        )
         for one in applied
         if (one.placed.object.group, one.placed.object.kind) in _SERVICES
     ]
+
+
+def patience_s(waited_for: Iterable[Target]) -> float:
+    """How long Knative itself waits for the slowest of the services, and at least ten minutes."""
+    return max([_PATIENCE_S_MIN, *(target.deadline_s + _MARGIN_S for target in waited_for)])
 
 
 def wait_ready(
@@ -110,6 +126,23 @@ def wait_ready(
             break
         time.sleep(min(poll_s, left_s))
     return {target: (found, [] if found.state == "ready" else wait.why(target)) for target, found in seen.items()}
+
+
+def _deadline_s(tree: Tree) -> float:
+    template = (tree.get("spec") or {}).get("template") or {}
+    for one in (template, tree):
+        written = ((one.get("metadata") or {}).get("annotations") or {}).get(_DEADLINE)
+        if written:
+            return _seconds(str(written))
+    return 0.0
+
+
+def _seconds(duration: str) -> float:
+    """KServe takes what is no duration; the Knative Service then tells it."""
+    try:
+        return parse_duration_s(duration)
+    except ValueError:
+        return 0.0
 
 
 _SERVICES = {(kind.api_version.rpartition("/")[0], kind.kind) for kind in (SERVICE, INFERENCE_SERVICE)}

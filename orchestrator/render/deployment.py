@@ -6,14 +6,15 @@ rules forbid is found by `check.py` in the finished objects.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from knative.autoscaler.annotations import WINDOW_MAX_S, WINDOW_MIN_S
-from knative.resources.names import dns_1035_problem, is_dns_1123_label, is_dns_1123_subdomain
-from knative.resources.quantities import parse_cpus, parse_memory_bytes
+from knative.resources.names import dns_1035_problem, is_dns_1123_label, is_dns_1123_subdomain, is_qualified_name
+from knative.resources.quantities import parse_cpus, parse_memory_bytes, parse_quantity
 from orchestrator.plan import Plan
 from orchestrator.targets import Workload
 
@@ -24,7 +25,16 @@ SERVICE_NAME_MAX = 52  # a revision adds -00001 and a replica five letters more,
 _PREDICTOR = "-predictor"  # KServe appends it; twice in a name it takes the wrong one out of the URL
 _RESOURCE = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _MIG = re.compile(r"/mig-\d+g\.(\d+)gb(\.me|\+me)?$")
-_REGISTRY = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?(:\d+)?(/[a-z0-9._-]+)*")
+# names of images after distribution/reference: a host, and parts of a path
+_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_REGISTRY = re.compile(rf"[a-z0-9]+(?:(?:[._]|-+)[a-z0-9]+)*(?::[0-9]+)?(?:/{_PART})*")
+_IMAGE = re.compile(
+    rf"(?:[A-Za-z0-9]+(?:(?:[.]|-+)[A-Za-z0-9]+)*(?::[0-9]+)?/)?{_PART}(?:/{_PART})*"
+    r"(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
+)
+_ENV_NAME = re.compile(r"[A-Za-z_.-][A-Za-z0-9_.-]*")
+_KSERVE_ENV = ("INFERENCE_SERVICE_NAME", "MULTI_MODEL_SERVER", "STORAGE_URI")
+_ID_MAX = (1 << 31) - 1  # of groups
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -57,21 +67,18 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """The device of a stage: any extended resource, whole (nvidia.com/gpu) or a slice (nvidia.com/mig-1g.10gb)."""
+    """The one device of a stage: any extended resource, whole (nvidia.com/gpu) or a slice (nvidia.com/mig-1g.10gb)."""
 
     resource: str = "nvidia.com/gpu"
-    count: int = 1
     shared_by: int = 1  # stages that share one device by time slicing or MPS: each takes its part of the KV memory
     memory_bytes: int | None = None  # of one device; of a MIG slice its name says it
 
     def __post_init__(self) -> None:
-        if not _RESOURCE.fullmatch(self.resource):
+        if not _RESOURCE.fullmatch(self.resource) or not is_extended_resource(self.resource):
             raise DeploymentError(
                 f"--gpu-resource must be the name of an extended resource, DOMAIN/NAME such as nvidia.com/gpu or "
                 f"nvidia.com/mig-1g.10gb, got {self.resource!r}"
             )
-        if self.count < 1:
-            raise DeploymentError(f"--gpus must be at least 1, got {self.count}; without GPUs leave --gpu-resource out")
         if self.shared_by < 1:
             raise DeploymentError(f"--gpu-shared-by must be at least 1, got {self.shared_by}")
 
@@ -97,6 +104,8 @@ class Resources:
                     raise ValueError("must be more than 0")
             except ValueError as error:
                 raise DeploymentError(f"--{option}: {value!r} is no quantity: {error}") from None
+        if self.cpu and parse_quantity(self.cpu) * 1000 % 1:
+            raise DeploymentError(f"--cpu: {self.cpu!r} is finer than 1m, a thousandth of a core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +138,7 @@ class Scaling:
         self._check_concurrency()
 
     def _check_concurrency(self) -> None:
-        if self.target is not None and self.target < 0.01:
+        if self.target is not None and not 0.01 <= self.target < math.inf:  # false for NaN
             raise DeploymentError(f"--target must be at least 0.01, got {self.target:g}")
         if self.container_concurrency is not None and not 0 <= self.container_concurrency <= 1000:
             raise DeploymentError(f"--container-concurrency must be 0 to 1000, got {self.container_concurrency}")
@@ -155,6 +164,9 @@ class Toleration:
     value: str = ""
     effect: str = ""
 
+    def __post_init__(self) -> None:
+        _check_label("--toleration", self.key, self.value)
+
 
 @dataclass(frozen=True, slots=True)
 class Scheduling:
@@ -175,8 +187,10 @@ class Scheduling:
         ):
             if value and not is_dns_1123_subdomain(value):
                 raise DeploymentError(f"{option} must be the name of an object (DNS-1123), got {value!r}")
-        if self.fs_group is not None and self.fs_group < 0:
-            raise DeploymentError(f"--fs-group must be 0 or more, got {self.fs_group}")
+        for name, value in self.node_selector.items():
+            _check_label("--node-selector", name, value)
+        if self.fs_group is not None and not 0 <= self.fs_group <= _ID_MAX:
+            raise DeploymentError(f"--fs-group must be 0 to {_ID_MAX}, got {self.fs_group}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +227,18 @@ class Surroundings:
             for name in names:
                 if not is_dns_1123_label(name):
                     raise DeploymentError(f"{option} must be the name of a namespace (DNS-1123 label), got {name!r}")
+        for name in self.service_account_annotations:
+            if not _is_key(name):
+                raise DeploymentError(f"--service-account-annotation: {name!r} is no name of an annotation")
+        self._check_deployer()
+
+    def _check_deployer(self) -> None:
+        prefix = "system:serviceaccount:"
+        if not self.deployer.startswith(prefix):
+            return
+        namespace, _, name = self.deployer.removeprefix(prefix).partition(":")
+        if not is_dns_1123_label(namespace) or not is_dns_1123_subdomain(name):
+            raise DeploymentError(f"--deployer must be a user, or {prefix}NAMESPACE:NAME, got {self.deployer!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +275,9 @@ class Deployment:
                 f"{self.namespace!r}"
             )
         self._check_names()
-        if self.timeout_s < 1:
-            raise DeploymentError(f"--timeout must be at least 1s, got {self.timeout_s}s")
+        self._check_env()
+        if not 1 <= self.timeout_s <= _ID_MAX:
+            raise DeploymentError(f"--timeout must be 1s to {_ID_MAX}s, got {self.timeout_s}s")
         if self.kv_bytes_max is not None and self.kv_bytes_max < 1:
             raise DeploymentError(f"--kv-memory must be at least 1 byte, got {self.kv_bytes_max}")
         try:
@@ -271,6 +298,15 @@ class Deployment:
             for option, name in (("--name", self.service_name), ("--namespace", self.namespace)):
                 if _PREDICTOR in name or "-default" in name:
                     raise DeploymentError(f"{option} {name!r}: KServe cuts '-predictor' and '-default' out of URLs")
+
+    def _check_env(self) -> None:
+        for name, value in self.env.items():
+            if not _ENV_NAME.fullmatch(name):
+                raise DeploymentError(f"--env: {name!r} is no name of a variable: letters, digits, '_', '.' and '-'")
+            if name in _KSERVE_ENV and "kserve" in (self.stages_as, self.orchestrator_as):
+                raise DeploymentError(f"--env: KServe gives {name} a meaning of its own; leave it out")
+            if not _is_unicode(value):
+                raise DeploymentError(f"--env: the value of {name} is no text in UTF-8")
 
     @property
     def service_name(self) -> str:
@@ -298,3 +334,35 @@ def dns_label(name: str) -> str:
     """The model's name as Kubernetes allows it: lower-case letters, digits and '-', a letter first (RFC 1035)."""
     text = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[: SERVICE_NAME_MAX - len("-stage-99")].strip("-")
     return text if text[:1].isalpha() else f"m-{text}".strip("-")
+
+
+def is_image(reference: str) -> bool:
+    return _IMAGE.fullmatch(reference) is not None
+
+
+def is_extended_resource(name: str) -> bool:
+    """Kubernetes counts these itself, and takes their names with `requests.` before them for quotas."""
+    return "kubernetes.io/" not in name and not name.startswith("requests.") and _is_key(f"requests.{name}")
+
+
+def _check_label(option: str, name: str, value: str) -> None:
+    if not _is_key(name):
+        raise DeploymentError(f"{option}: {name!r} is no name of a label, [DOMAIN/]NAME of at most 63 characters")
+    if value and not is_qualified_name(value):
+        raise DeploymentError(
+            f"{option}: {value!r} is no value of a label: at most 63 letters, digits, '-', '_' and '.', the first "
+            "and the last a letter or digit"
+        )
+
+
+def _is_key(name: str) -> bool:
+    """Whether a label, an annotation or a resource may be called so."""
+    domain, slash, rest = name.rpartition("/")
+    return is_qualified_name(rest) and (not slash or is_dns_1123_subdomain(domain))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False

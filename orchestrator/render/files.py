@@ -29,11 +29,14 @@ MARK = "# Rendered by stagecraft"  # how a folder is known to be ours
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """A Kubernetes object in a file of its own; `tree` may hold comments."""
+    """A Kubernetes object in a file of its own; `tree` may hold comments.
+
+    One that is not `listed` is no part of the kustomization: somebody else applies it, before."""
 
     file: str
     tree: Tree
     heading: str = ""
+    listed: bool = True
 
     @property
     def is_service(self) -> bool:
@@ -145,8 +148,11 @@ def _before(what: Deployment) -> Iterator[Object]:
         heading = "Who may reach the stages' pods; it has effect where the cluster's network enforces policies."
         yield Object("network-policy.yaml", surroundings.network_policy(what), heading)
     if what.around.deployer:
-        yield Object("role.yaml", surroundings.deployer_role(what), "The least that deploying these files needs.")
-        yield Object("role-binding.yaml", surroundings.deployer_binding(what))
+        heading = (
+            "The least that deploying these files needs. An administrator applies it, with role-binding.yaml, before."
+        )
+        yield Object("role.yaml", surroundings.deployer_role(what), heading, listed=False)
+        yield Object("role-binding.yaml", surroundings.deployer_binding(what), listed=False)
 
 
 def _after(what: Deployment) -> Iterator[Object]:
@@ -166,6 +172,6 @@ def _kustomization(written: Sequence[Object]) -> str:
     tree = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [one.file for one in written],
+        "resources": [one.file for one in written if one.listed],
     }
     return to_yaml(tree, "Apply everything with: kubectl apply -k . (or stagecraft deploy .)")

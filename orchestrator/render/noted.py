@@ -69,7 +69,7 @@ def _commented(value: Any, indent: int) -> Any:
 
 
 def _is_block(text: str) -> bool:
-    """Whether text of several lines can stand as it is: there are no escapes, and a first space would be indentation."""
+    """Whether text of several lines can stand as it is: no escapes, and a first space would be indentation."""
     lines = text.split("\n")
     return len(lines) > 1 and text[0].isprintable() and text[0] != " " and all(line.isprintable() for line in lines)
 

@@ -22,6 +22,8 @@ ORCHESTRATOR_IMAGE = "stagecraft/orchestrator"
 USER = 65532  # of the images, see functions/Dockerfile
 PORT = 8080
 
+_CPU = "2"  # of a stage
+
 _GIB = 1 << 30
 _RUNTIME_BYTES = 3 * _GIB // 2  # torch, Transformers and the buffers of a step, on a CPU
 _GPU_HOST_BYTES = 4 * _GIB  # the same with CUDA's libraries; weights pass through host memory tensor by tensor
@@ -99,6 +101,10 @@ def orchestrator_pod(what: Deployment) -> Pod:
         "volumeMounts": _mounts(source, shared_memory=False),
     }
     fields, features = _volume_features(what, source)
+    if what.scheduling.fs_group is not None and source.mount is not None:
+        # the claim is open to that group only
+        fields["securityContext"] = {"fsGroup": what.scheduling.fs_group}
+        features = (*features, "kubernetes.podspec-securitycontext")
     return Pod(container, _volumes(source, None), fields, source, features, deadline_s)
 
 
@@ -157,14 +163,20 @@ def stage_budget(what: Deployment, index: int) -> Budget:
         f"{_text(cost.weight_bytes)} of weights{as_float32}, {_text(kv_bytes)} of KV caches, "
         f"{_text(_RUNTIME_BYTES)} for the runtime"
     )
-    return Budget(_given(what, needed), kv_bytes, kv_bytes, (arithmetic,))
+    memory_bytes = _given(what, needed)
+    if memory_bytes < in_memory + kv_bytes:
+        raise DeploymentError(
+            f"--memory {what.stage.memory} is less than stage {index} fills: {arithmetic}; leave --memory out, lower "
+            "--kv-memory, or cut the plan into more stages"
+        )
+    return Budget(memory_bytes, kv_bytes, kv_bytes, (arithmetic,))
 
 
 def _gpu_budget(what: Deployment, index: int, cost: Cost) -> Budget:
     gpu = what.gpu
     assert gpu is not None  # checked by the caller
     device_bytes = gpu.device_bytes
-    if device_bytes is not None and cost.weight_bytes * gpu.shared_by > 0.9 * device_bytes * gpu.count:
+    if device_bytes is not None and cost.weight_bytes * gpu.shared_by > 0.9 * device_bytes:
         raise DeploymentError(
             f"stage {index} has {_text(cost.weight_bytes)} of weights; with {gpu.shared_by} stage(s) on a "
             f"{gpu.resource} of {_text(device_bytes)} they do not fit; cut the plan into more stages, "
@@ -177,7 +189,7 @@ def _gpu_budget(what: Deployment, index: int, cost: Cost) -> Budget:
     expected = what.kv_bytes_max
     if expected is None and device_bytes is not None:
         # what the stage will take by itself: 85 % of what the weights leave free, and its part of that
-        expected = int(0.85 * (device_bytes * gpu.count - cost.weight_bytes * gpu.shared_by) / gpu.shared_by)
+        expected = int(0.85 * (device_bytes - cost.weight_bytes * gpu.shared_by) / gpu.shared_by)
     return Budget(_given(what, _GPU_HOST_BYTES), what.kv_bytes_max, expected, (arithmetic,))
 
 
@@ -211,7 +223,10 @@ def _deadline_s(cost: Cost) -> int:
 
 
 def _ports_and_env(what: Deployment, source: Weights, variables: Mapping[str, str], comment: str) -> Tree:
-    every = {**variables, **source.variables, **what.env}
+    own = {**variables, **source.variables}
+    if taken := sorted(set(own) & set(what.env)):
+        raise DeploymentError(f"--env: {', '.join(taken)} follow from the plan and the other options; leave them out")
+    every = {**own, **what.env}
     found: Tree = {
         "ports": [{"name": "http1", "containerPort": PORT}],
         "env": Noted([{"name": name, "value": value} for name, value in every.items()], comment),
@@ -226,10 +241,10 @@ def _ports_and_env(what: Deployment, source: Weights, variables: Mapping[str, st
 def _resources(what: Deployment, budget: Budget) -> Tree:
     if what.stage is None or budget.memory_bytes is None:
         return {}
-    resources = _same(what.stage.cpu or "2", _quantity(budget.memory_bytes))
+    resources = _same(what.stage.cpu or _CPU, _quantity(budget.memory_bytes))
     if what.gpu is not None:
         for side in resources.values():
-            side[what.gpu.resource] = str(what.gpu.count)
+            side[what.gpu.resource] = "1"
     return {"resources": Noted(resources, budget.arithmetic)}
 
 
@@ -316,7 +331,7 @@ def _streamed(what: Deployment) -> Weights:
 
 def threads_of(cpu: str) -> int:
     """Threads of torch for a CPU quantity: whole cores, at least one."""
-    return max(1, math.floor(parse_cpus(cpu)))
+    return max(1, math.floor(parse_cpus(cpu or _CPU)))
 
 
 def _quantity(size_bytes: int) -> str:

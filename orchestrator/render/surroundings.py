@@ -9,6 +9,7 @@ from orchestrator.plan import dump_plan
 from orchestrator.render.deployment import Deployment, Surroundings
 from orchestrator.render.knative_services import PART_OF, pod_labels
 from orchestrator.render.noted import Noted, Tree
+from orchestrator.render.weights import is_on_this_machine
 
 # pkg/networking/constants.go of knative/serving
 _REQUESTS = (8012, 8112)  # of a pod's queue-proxy, without and with TLS
@@ -45,8 +46,9 @@ def service_account(what: Deployment, role: str) -> Tree:
 
 
 def plan_config_map(what: Deployment) -> Tree:
-    """The plan, for people who wonder later what runs here; its model is where the pods read it."""
-    shown = replace(what.plan, model=what.weights.uri or what.plan.model)
+    """The plan, for people who wonder later what runs here; without a path that only this machine knows."""
+    hidden = what.weights.uri and is_on_this_machine(what.plan.model)
+    shown = replace(what.plan, model=what.weights.uri) if hidden else what.plan
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

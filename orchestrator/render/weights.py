@@ -19,13 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.render.deployment import Deployment, DeploymentError, Runtime
+from knative.resources.names import is_dns_1123_subdomain
+from orchestrator.render.deployment import Deployment, DeploymentError, Runtime, is_image
 
 MOUNT = "/mnt/models"  # where KServe puts models; the same without KServe
 VOLUME = "weights"
 _STREAMED = ("s3", "gs", "gcs", "hf", "http", "https")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w][\w./-]*)?", re.ASCII)
-_CLAIM = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_LOCATION = re.compile(r"[A-Za-z0-9]+://[^/\s]\S*")
+_KSERVE_HUB_ID = re.compile(r"hf://[^/:]+/[^/:]+(:[^/]+)?")
 _ALLOWED = "owner/name (a hub id), s3://, gs://, hf://, https://, pvc://CLAIM/PATH, oci://IMAGE, file:///PATH, or demo"
 
 
@@ -74,6 +76,8 @@ def _streamed(address: str, scheme: str) -> str:
             raise DeploymentError(f"--weights {address}: file:// names a folder of the image, file:///models/mine")
         return path
     if scheme in _STREAMED:
+        if not _LOCATION.fullmatch(address):
+            raise DeploymentError(f"--weights {address}: {scheme}:// is followed by where the model is; see {_ALLOWED}")
         return address.rstrip("/")
     if scheme:
         raise DeploymentError(f"--weights {address}: a pod cannot read {scheme}://; it may be {_ALLOWED}")
@@ -98,6 +102,10 @@ def _downloaded(location: str, scheme: str, runtime: Runtime) -> Weights:
             "--storage-initializer downloads s3://, gs://, hf:// or https://; this model is in a folder"
         )
     uri = location.replace("@", ":", 1) if scheme in ("", "hf") else location  # KServe writes hf://owner/name:revision
+    if scheme == "gcs":
+        raise DeploymentError(f"--storage-initializer: KServe knows gs://, not {location}")
+    if uri.startswith("hf://") and not _KSERVE_HUB_ID.fullmatch(uri):
+        raise DeploymentError(f"--storage-initializer: KServe takes hf://OWNER/NAME[:REVISION], not {uri}")
     why = (
         "KServe downloads the whole checkpoint into the pod first; without --storage-initializer a stage reads its part"
     )
@@ -109,7 +117,7 @@ def _mounted(what: Deployment, runtime: Runtime, scheme: str, rest: str) -> Weig
         raise DeploymentError(f"--storage-initializer has no use for {scheme}://: that is mounted, not downloaded")
     if scheme == "pvc":
         return _claim(runtime, rest)
-    if not rest or rest != rest.strip() or rest.startswith("/"):
+    if not is_image(rest):
         raise DeploymentError(
             f"--weights oci://{rest}: oci:// is followed by an image, such as oci://ghcr.io/acme/llama:1"
         )
@@ -127,7 +135,7 @@ def _mounted(what: Deployment, runtime: Runtime, scheme: str, rest: str) -> Weig
 def _claim(runtime: Runtime, rest: str) -> Weights:
     claim, _, path = rest.partition("/")
     path = path.strip("/")
-    if not _CLAIM.fullmatch(claim) or ".." in path.split("/"):
+    if not is_dns_1123_subdomain(claim) or ".." in path.split("/"):
         raise DeploymentError(
             f"--weights pvc://{rest}: expected pvc://CLAIM or pvc://CLAIM/PATH, CLAIM a volume claim's name"
         )

@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cluster import Progress, Unreachable, connect, locate, read_objects, targets, wait_ready, write
+from orchestrator.cluster import (
+    Progress,
+    Unreachable,
+    connect,
+    locate,
+    patience_s,
+    read_objects,
+    targets,
+    wait_ready,
+    write,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 WAIT_S = 60  # against hangs
@@ -179,6 +189,12 @@ def test_expired_credentials(stagecraft: Run, server: Any, toy: Path, tmp_path: 
         assert done.err.startswith("error: the cluster does not accept your credentials (401 Unauthorized)")
 
 
+def test_a_user_without_credentials(stagecraft: Run, world: Any, fake: ModuleType, toy: Path) -> None:
+    words = 'services is forbidden: User "system:anonymous" cannot patch resource "services" in API group ""'
+    world.denied["PATCH", "services"] = lambda: fake.Answer(403, words)
+    assert "the cluster takes you for nobody" in stagecraft("deploy", toy).err
+
+
 def test_an_unknown_context_lists_the_known_ones(stagecraft: Run, server: Any, toy: Path) -> None:
     done = stagecraft("deploy", toy, "--context", "nowhere")
     assert done.code == 1
@@ -318,6 +334,21 @@ def test_an_inference_service_fails_as_the_knative_service_below_it(
     assert done.code == 1
     assert "toy is failing, which may heal: RevisionFailed: Unable to fetch image" in done.err
     assert "pod toy-predictor-00001-deployment-x, user-container: CrashLoopBackOff" in done.err
+
+
+def test_it_waits_as_long_as_knative_does(world: Any, make: Make, write_files: Run) -> None:
+    def patience(**trees: Any) -> float:
+        with connect() as cluster:
+            located = locate(cluster, read_objects([write_files(*trees.values())]))
+            return patience_s(targets(write(cluster, located.placed)))
+
+    deadline = {"annotations": {"serving.knative.dev/progress-deadline": "30m"}}
+    slow = make("Service", "slow", spec={"template": {"metadata": deadline}})
+    slower = make("InferenceService", "slower", spec={"predictor": {}})
+    slower["metadata"]["annotations"] = {"serving.knative.dev/progress-deadline": "3600s"}
+    assert patience(a=service(make)) == 600
+    assert patience(a=service(make), b=slow) == 30 * 60 + 60
+    assert patience(a=service(make), b=slow, c=slower) == 3600 + 60
 
 
 def test_a_connection_lost_while_waiting_leaves_the_objects(server: Any, world: Any, toy: Path) -> None:

@@ -125,7 +125,7 @@ def trees() -> Callable[[Deployment], list[Tree]]:
 def complaints(
     schemas: Any, rules: ModuleType, cluster: Any, trees: Callable[[Deployment], list[Tree]]
 ) -> Callable[..., list[str]]:
-    """complaints(what, objects=...): all that schemas and rules have against a deployment, its own objects or others."""
+    """complaints(what, objects=...): what schemas and rules have against a deployment, its own objects or others."""
 
     def check(what: Deployment, objects: Sequence[Tree] | None = None) -> list[str]:
         found = trees(what) if objects is None else objects

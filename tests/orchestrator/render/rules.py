@@ -1,7 +1,8 @@
 """What clusters refuse beside their schemas, and what the parts of a deployment must have in common.
 
-Not a test file: conftest.py loads it. The rules are those of the fact sheets of Knative (sections a, b, d, e) and KServe
-(a to d), written down without a look at the code that renders. Every rule yields complaints; none means all is well.
+Not a test file: conftest.py loads it. The rules are those of the fact sheets of Knative (sections a, b, d, e) and of
+KServe (a to d), written down without a look at the code that renders. Every rule yields complaints; none means all is
+well.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Cluster:
 
 
 def _defaults(config: Path) -> dict[tuple[str, str], str]:
-    maps = yaml.load(config.read_bytes(), Loader=yaml.CSafeLoader)["configmaps"]  # noqa: S506 - CSafeLoader is safe
+    maps = yaml.load(config.read_bytes(), Loader=yaml.CSafeLoader)["configmaps"]
     serving = [one for one in maps if one["component"] == "serving"]
     return {(one["name"], entry["key"]): entry["default"] for one in serving for entry in one["entries"]}
 
@@ -312,7 +313,9 @@ def _whole_s(duration: str) -> float:
     parts = re.findall(r"([0-9]+(?:\.[0-9]+)?)(h|ms|m|s)", duration)
     if not parts or "".join(number + unit for number, unit in parts) != duration:
         return math.nan
-    seconds = sum(Decimal(number) * Decimal({"h": "3600", "m": "60", "s": "1", "ms": "0.001"}[unit]) for number, unit in parts)
+    seconds = sum(
+        Decimal(number) * Decimal({"h": "3600", "m": "60", "s": "1", "ms": "0.001"}[unit]) for number, unit in parts
+    )
     return float(seconds) if seconds == int(seconds) else math.nan
 
 
@@ -603,7 +606,11 @@ def _model(model: Tree, rendered: Rendered) -> Iterator[str]:
 
 
 def _kserve_env(predictor: Tree) -> Iterator[str]:
-    for container in (*predictor.get("containers", ()), predictor.get("model", {}), *predictor.get("initContainers", ())):
+    for container in (
+        *predictor.get("containers", ()),
+        predictor.get("model", {}),
+        *predictor.get("initContainers", ()),
+    ):
         values = {one["name"]: one.get("value", "") for one in container.get("env", ())}
         for name in {"PYTHONPATH", "INFERENCE_SERVICE_NAME"} & set(values):
             yield f"the variable {name} is refused or overwritten by KServe"
@@ -650,7 +657,7 @@ def as_knative(one: Tree, rendered: Rendered) -> Tree:
         if name not in ("minReplicas", "maxReplicas", "scaleMetric", "timeout", "model")
     }
     if "timeout" in predictor:
-        pod |= {name: predictor["timeout"] for name in ("timeoutSeconds", "responseStartTimeoutSeconds")}
+        pod |= dict.fromkeys(("timeoutSeconds", "responseStartTimeoutSeconds"), predictor["timeout"])
     if "model" in predictor:
         runtime = next(
             (r["spec"] for r in rendered.of_kind("ServingRuntime")
@@ -715,9 +722,7 @@ def _together(rendered: Rendered, services: Sequence[Tree]) -> Iterator[str]:
         return
     stages.sort(key=lambda one: int(environment(one)["STAGE_INDEX"]))
     told = environment(fronts[0])
-    urls = [
-        f"http://{one['metadata']['name']}.{one['metadata']['namespace']}.svc.cluster.local" for one in stages
-    ]
+    urls = [f"http://{one['metadata']['name']}.{one['metadata']['namespace']}.svc.cluster.local" for one in stages]
     if told.get("ORCHESTRATOR_STAGE_URLS", "").split(",") != urls:
         yield f"the orchestrator calls {told.get('ORCHESTRATOR_STAGE_URLS')}, the stages are {urls}"
     yield from _stages_fit(stages, told)

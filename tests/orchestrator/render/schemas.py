@@ -38,7 +38,7 @@ class Schemas:
         _close_knative_service(self._by_kind["serving.knative.dev/v1", "Service"])
 
     def _read(self, path: Path) -> None:
-        spec = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)["spec"]  # noqa: S506 - CSafeLoader is safe
+        spec = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)["spec"]
         for version in spec["versions"]:
             schema = version["schema"]["openAPIV3Schema"]
             schema["properties"] |= {"apiVersion": _TEXT, "kind": _TEXT, "metadata": _META}
@@ -262,9 +262,7 @@ def _close_knative_service(schema: Schema) -> None:
 
 def open_places(schemas: Schemas) -> list[str]:
     """Paths below `spec` where an unknown member would still be let through; there should be none."""
-    return [
-        f"{kind}{path}" for (_, kind), schema in schemas._by_kind.items() for path in _open(schema, "") if path
-    ]
+    return [f"{kind}{path}" for (_, kind), schema in schemas._by_kind.items() for path in _open(schema, "") if path]
 
 
 def _open(schema: Schema, path: str) -> Iterator[str]:

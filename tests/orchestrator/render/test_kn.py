@@ -22,7 +22,6 @@ from orchestrator.render.deployment import (
     Images,
     Scaling,
     Scheduling,
-    Surroundings,
     Toleration,
     WeightSource,
 )
@@ -36,7 +35,7 @@ HOSTILE = {
     "COMMAS": "a,b=c,d",
     "EMPTY": "",
     "SPACES": "  a  b ",
-    "QUOTES": "it's \"so\"",
+    "QUOTES": 'it\'s "so"',
     "SHELL": "$(touch /tmp/x) `id` ${HOME} $HOME ! * ? ~ ; & | > < \\ # \\n",
     "LINES": "one\ntwo\nYAML\nthree\n",
     "DASHES": "--image evil",
@@ -51,14 +50,16 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
     "secret": {"weights": WeightSource("s3://bucket/a b,c='d'".replace(" ", ""), "weights-key")},
     "fraction": {"scaling": Scaling(target=2.5, container_concurrency=4)},
     "whole-target": {"scaling": Scaling(target=3.0, container_concurrency=0, min_scale=1, max_scale=0)},
-    "gpu": {"gpu": Gpu(count=2), "timeout_s": 3600},
+    "gpu": {"gpu": Gpu(), "timeout_s": 3600},
     "mig": {"gpu": Gpu("nvidia.com/mig-1g.10gb")},
     "claim": {"weights": "pvc://claim/models/x"},
     "image-volume": {"weights": "oci://ghcr.io/acme/m:1"},
     "init-container": {"weights": WeightSource("oci://ghcr.io/acme/m:1", oci_as="init-container")},
     "pull-secret": {"images": Images("ghcr.io/acme", "1", "puller")},
     "scheduling": {
-        "scheduling": Scheduling({"a": "b", "yes": "no"}, (Toleration("k", "v", "NoSchedule"),), "nvidia", "high", "s", 0)
+        "scheduling": Scheduling(
+            {"a": "b", "yes": "no"}, (Toleration("k", "v", "NoSchedule"),), "nvidia", "high", "s", 0
+        )
     },
     "nothing-around": {"around": None},
     "zero": {"scaling": Scaling(initial_scale=0, target_burst_capacity=0)},

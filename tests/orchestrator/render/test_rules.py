@@ -224,7 +224,9 @@ def test_what_is_whole_is_not_complained_about(
     assert complaints(as_kserve) == []
 
 
-def test_no_place_of_the_schemas_lets_unknown_members_through(schemas: Any, open_places: Callable[[Any], list[str]]) -> None:
+def test_no_place_of_the_schemas_lets_unknown_members_through(
+    schemas: Any, open_places: Callable[[Any], list[str]]
+) -> None:
     assert open_places(schemas) == []
 
 
