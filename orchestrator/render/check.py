@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from knative.resources.check import check_documents
-
 from knative.autoscaler.config import AutoscalerConfig
+from knative.resources.check import check_documents
 from knative.resources.config_maps import DefaultsConfig, FeaturesConfig
 from knative.resources.documents import Document, parse_documents
 from orchestrator.render.deployment import Deployment, DeploymentError
