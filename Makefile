@@ -26,10 +26,10 @@ IMAGES   := $(if $(REGISTRY),$(REGISTRY:/=)/)stagecraft
 
 export PROMPT
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format bench images clean
+.PHONY: help run test test-slow test-install lint format bench images clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 run: $(STAMP) ## serve the demonstration model in 2 stages and send one prompt; ONCE=1 ends after the answer
 	@$(BIN)/stagecraft up $(MODEL) --stages $(STAGES) --port $(PORT) --grpc-port $(GRPC_PORT) --prompt "$$PROMPT" $(if $(ONCE),--exit)
@@ -37,8 +37,11 @@ run: $(STAMP) ## serve the demonstration model in 2 stages and send one prompt; 
 test: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(TESTS)
 
-test-slow: $(STAMP) ## run the tests that install packages, too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 1800 $(TESTS)
+test-slow: $(STAMP) ## run those that take long: benchmarks at toy size, many kills
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --timeout 1200 $(TESTS)
+
+test-install: $(STAMP) ## run the install steps of the container images in fresh environments
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m install --timeout 1800 $(TESTS)
 
 lint: $(STAMP) ## check style (ruff) and types (mypy --strict)
 	$(BIN)/ruff check .
@@ -59,6 +62,7 @@ images: ## build the container images; REGISTRY=, TAG=, VARIANT=cpu|cuda, ENGINE
 	@$(ENGINE) info >/dev/null 2>&1 || { \
 	  echo "'$(ENGINE) info' fails: is its daemon running, and may you use it? Run it to see the reason" >&2; exit 1; }
 	$(ENGINE) build $(BUILD_ARGS) -f functions/Dockerfile --build-arg VARIANT=$(VARIANT) -t $(IMAGES)/stage:$(TAG)$(if $(filter cuda,$(VARIANT)),-cuda) .
+	$(ENGINE) build $(BUILD_ARGS) -f orchestrator/Dockerfile --target results -t $(IMAGES)/results:$(TAG) .
 	$(ENGINE) build $(BUILD_ARGS) -f orchestrator/Dockerfile -t $(IMAGES)/orchestrator:$(TAG) .
 
 clean: ## remove everything that make has made, the environment too

@@ -17,9 +17,9 @@ from functions import metrics
 from functions.contract import events
 from functions.contract.errors import EventTooLarge, InvalidEvent, StageError
 from functions.contract.events import Event
-from functions.service import StageService
+from functions.service import TAKEN_TYPES, StageService
 
-_KNOWN_TYPES = frozenset(events.REQUEST_TYPES)
+_KNOWN_TYPES = frozenset(TAKEN_TYPES)
 _QUEUE_PROXY_PORT = 8012  # pkg/networking/constants.go
 # addresses for documentation (RFC 5737, RFC 3849): nobody has them, so the default route is chosen for them
 _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
@@ -63,13 +63,15 @@ class Handler:
         try:
             body = await _read_body(request, self._service.settings.body_bytes_max)
             event = events.from_http_request(request.headers, body)
-            reply, status = await self._service.answer(event, replica), 200
+            reply, status = await self._service.answer(event, replica, request.url.path), 200
             metrics.EVENTS.labels(kind, "ok").inc()
         except StageError as error:
             reply, status = _error_event(error, event, replica), error.status
             metrics.EVENTS.labels(kind, error.code).inc()
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
+        if reply is None:
+            return Response()  # to a broker: done, and there is no event to go on with
         headers, data = events.to_http(reply)
         metrics.BODY_BYTES.labels("out").inc(len(data))
         return Response(bytes(data), status, _with_retry(headers, status))
@@ -85,7 +87,7 @@ async def _read_body(request: Request, bytes_max: int) -> bytearray:
         body += chunk
         if len(body) > bytes_max:
             raise EventTooLarge(f"the event is over {bytes_max} bytes (STAGE_BODY_BYTES_MAX)")
-    if not body and request.headers.get("ce-type") != events.WAKE:
+    if not body and request.headers.get("ce-type") != events.WAKE and "ce-dataref" not in request.headers:
         raise InvalidEvent("the event has no data")
     metrics.BODY_BYTES.labels("in").inc(len(body))
     return body

@@ -43,6 +43,11 @@ class Runner(Protocol):
         last stage logits [m, vocabulary] of the slices that ask for a sample."""
         ...
 
+    def texts(self, lengths: Items[int], tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        """Whole texts, packed one after another, computed without leaving a trace. Returns hidden states
+        [n, hidden size], at the last stage those after the final norm."""
+        ...
+
 
 def load_runner(checkpoint: Checkpoint, span: BlockSpan, dtype: torch.dtype, device: torch.device) -> Runner:
     """Loads the span and checks it by a short run. Raises CheckpointError."""
@@ -70,6 +75,12 @@ class PackedRunner:
             result = self.model.forward(tokens, hidden, torch.from_numpy(positions).to(self.model.device), cache, rows)
         self._windows = cache.windows
         return result
+
+    def texts(self, lengths: Items[int], tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        positions = torch.cat([torch.arange(length, device=self.model.device) for length in lengths])
+        sequences = [_blank(index, len(self.model.span)) for index in range(len(lengths))]
+        with PackedCache(sequences, lengths) as cache:
+            return self.model.states(tokens, hidden, positions, cache)
 
     def _self_check(self) -> int:
         """Runs two short sequences; returns the bytes of KV cache per token. Raises Unpackable."""
@@ -116,6 +127,14 @@ class SequentialRunner:
             at += piece.length
         # without a sample a slice adds no logits, and what it returns is of another width
         return torch.cat([r for r in results if len(r)] or results[:1])
+
+    def texts(self, lengths: Items[int], tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+        pieces = [None] * len(lengths) if hidden is None else torch.split(hidden, list(lengths))
+        results = []
+        for part, piece in zip(torch.split(tokens, list(lengths)), pieces, strict=True):
+            positions = torch.arange(len(part), device=self.model.device)
+            results.append(self.model.states(part, piece, positions, DynamicCache(config=self.model.config)))
+        return torch.cat(results)
 
     def _one(self, sequence: Sequence, piece: Slice, tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         if piece.start == 0:

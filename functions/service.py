@@ -8,7 +8,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,7 +23,9 @@ from functions.contract.events import Event
 from functions.contract.frames import Buffer
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.messages import StageInfo, Step, decode_release
+from functions.contract.scoring import RESULT, SCORE, SPENT_PATH
 from functions.runner import load_runner
+from functions.score_events import Scorer
 from functions.settings import SettingsError, StageSettings
 from functions.stage import Stage
 
@@ -31,9 +33,11 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
+TAKEN_TYPES = (*events.REQUEST_TYPES, SCORE, RESULT)
+
 
 class StageService:
-    """Answers wake, step and release events. `failure` is set when loading has failed for good."""
+    """Answers all events of a stage. `failure` is set when loading has failed for good."""
 
     def __init__(self, settings: StageSettings) -> None:
         self.settings = settings
@@ -42,6 +46,7 @@ class StageService:
         self._loading: Future[Stage] | None = None
         # one thread: the stage is not made for two, and torch uses the cores by itself
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._scorer = Scorer(settings, self._computed)
 
     def start(self) -> None:
         """Begins to load, once. Not done when built: a server may fork after that, and threads stay behind."""
@@ -58,20 +63,26 @@ class StageService:
     def ready(self) -> bool:
         return self._stage is not None
 
-    async def answer(self, event: Event, replica: str) -> Event:
-        """The reply to a wake, step or release. Raises StageError."""
+    async def answer(self, event: Event, replica: str, path: str = "/") -> Event | None:
+        """The reply to an event; None where there is none to give. Raises StageError."""
+        if event.type == RESULT:
+            return await self._pass_result(event, path)
         self._check_address(event)
+        if event.type == SCORE:
+            return await self._scorer.answer(event, self._when_loaded)
         if event.type == events.WAKE:
             return self._reply(event, events.WOKEN, await self._woken(replica), replica)
         if event.type == events.STEP:
             return await self._step(event, replica)
         if event.type == events.RELEASE:
             return self._reply(event, events.RELEASED, await self._release(event), replica)
-        raise InvalidEvent(f"unknown event type {event.type!r}; this stage takes {', '.join(events.REQUEST_TYPES)}")
+        raise InvalidEvent(f"unknown event type {event.type!r}; this stage takes {', '.join(TAKEN_TYPES)}")
 
     def _check_address(self, event: Event) -> None:
-        """Refuses what was meant for another plan or stage."""
+        """Refuses what was meant for another plan or stage. Who sends the first score event need not know the plan."""
         plan, stage = event.extensions.get("plan"), event.extensions.get("stage")
+        if plan is None and event.type == SCORE and self.settings.index == 0:
+            plan = self.settings.plan
         if plan != self.settings.plan or stage != str(self.settings.index):
             raise PlanMismatch(
                 f"the event is for stage {stage} of plan {plan}, this is stage {self.settings.index} of plan "
@@ -114,18 +125,44 @@ class StageService:
     def _compute_step(self, stage: Stage, step: Step, arrived_s: float) -> tuple[list[Buffer], float]:
         started_s = time.perf_counter()
         try:
-            parts = stage.step(step).to_body()
+            with self._measured(arrived_s, slices=len(step.slices), tokens=len(step.tokens)):
+                parts = stage.step(step).to_body()
+        finally:
+            self._show_kv(stage)
+        return parts, time.perf_counter() - started_s
+
+    async def _computed(self, work: Callable[[], T]) -> T:
+        """The result of a pass over texts, which waits for its turn among the steps."""
+        arrived_s = time.perf_counter()
+
+        def run() -> T:
+            with self._measured(arrived_s):
+                return work()
+
+        return await self._in_turn(run)
+
+    @contextlib.contextmanager
+    def _measured(self, arrived_s: float, **facts: int) -> Iterator[None]:
+        """Around a computation: its time, and a StageFailure for whatever goes wrong in it."""
+        started_s = time.perf_counter()
+        try:
+            yield
         except StageError:
             raise
         except Exception as error:
-            log.exception("step_failed", slices=len(step.slices), tokens=len(step.tokens))
+            log.exception("step_failed", **facts)
             raise StageFailure(f"the computation failed ({type(error).__name__}); see the log of the stage") from error
         finally:
-            compute_s = time.perf_counter() - started_s
             metrics.WAIT_SECONDS.observe(started_s - arrived_s)
-            metrics.COMPUTE_SECONDS.observe(compute_s)
-            self._show_kv(stage)
-        return parts, compute_s
+            metrics.COMPUTE_SECONDS.observe(time.perf_counter() - started_s)
+
+    async def _pass_result(self, event: Event, path: str) -> Event | None:
+        """At SPENT_PATH the claim behind a result is let go. Elsewhere the result itself is the answer: in a Sequence
+        a text that was refused passes the stages that are left."""
+        if path != SPENT_PATH:
+            return event
+        await self._scorer.spend(event)
+        return None
 
     async def _release(self, event: Event) -> bytes:
         sequences = decode_release(event.data)

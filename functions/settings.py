@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from functions.cgroup import CGROUP_ROOT, cpu_limit, memory_available_bytes
+from functions.claims import Claims
 from functions.contract.checkpoint import Checkpoint
 from functions.contract.location import default_wait_s
 from functions.contract.spans import BlockSpan
@@ -46,6 +47,10 @@ class StageSettings(BaseSettings):
         1.0, gt=0, le=1, description="this stage's part of that share, when others share the device"
     )
     body_bytes_max: int = Field(1 << 30, gt=0, description="largest event taken, in bytes")
+    score_tokens_max: int = Field(16_384, gt=0, description="most tokens of one score event")
+    claims: str = Field("", description="folder or URL for data too large for a broker; all stages have the same")
+    claim_bytes: int = Field(48 << 10, ge=0, description="score events with more data refer to a claim")
+    claim_age_s: float = Field(86_400, gt=0, description="seconds after which claims are removed, used or not")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its default, at most the CPU limit")
     replica: str = Field("", description="HOST:PORT that reaches this replica; found out if not set")
 
@@ -59,6 +64,13 @@ class StageSettings(BaseSettings):
         if self.index >= self.count:
             raise ValueError(f"STAGE_INDEX {self.index} must be below STAGE_COUNT {self.count}")
         return self
+
+    def open_claims(self) -> Claims | None:
+        """None without STAGE_CLAIMS. Raises SettingsError for a URL that cannot be opened."""
+        try:
+            return Claims(self.claims) if self.claims else None
+        except (ValueError, ImportError) as error:
+            raise SettingsError(f"STAGE_CLAIMS is {self.claims!r}, which cannot be opened: {error}") from None
 
     def torch_device(self) -> torch.device:
         """Raises SettingsError for a GPU that is not there."""

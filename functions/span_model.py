@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
 from functions.attention import Unpackable
@@ -70,6 +71,14 @@ class _Absent(nn.Module):
         return torch.zeros((), device=value.device)
 
 
+class _States(BaseModelOutputWithPast):  # type: ignore[misc]  # Transformers has no types
+    """What the base of a model gives to its head. Architectures ask for members of their own, which have no value."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class SpanModel:
     """Runs one span. Not safe for two threads at once: the hooks hold the hidden states of the current pass."""
 
@@ -114,21 +123,52 @@ class SpanModel:
 
         Returns hidden states [n, hidden size], or at the last stage the logits [m, vocabulary] of `rows`.
         `cache` files keys and values (see functions.kv_cache)."""
+        run = self._model if self.ends.last and rows.numel() else self._base
+        extra = {"logits_to_keep": rows} if run is self._model else {}
+        output, outgoing = self._pass(run, tokens, hidden, positions, cache, **extra)
+        if run is self._model:
+            return cast(torch.Tensor, output.logits[0])
+        return cast(torch.Tensor, output.last_hidden_state[0, :0]) if outgoing is None else outgoing
+
+    @torch.inference_mode()
+    def states(
+        self, tokens: torch.Tensor, hidden: torch.Tensor | None, positions: torch.Tensor, cache: Any
+    ) -> torch.Tensor:
+        """As `forward`, but at the last stage the hidden states [n, hidden size] after the final norm."""
+        output, outgoing = self._pass(self._base, tokens, hidden, positions, cache)
+        return cast(torch.Tensor, output.last_hidden_state[0]) if outgoing is None else outgoing
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What the head makes of rows of `states` [m, hidden size]: logits [m, vocabulary]. For the last stage."""
+        output = _States(last_hidden_state=states[None])
+        # the model's own code scales and caps logits; only what it has computed before the head is given to it
+        self._base.forward = lambda *_, **__: output
+        try:
+            if self.ends.first:
+                inputs = {"input_ids": torch.zeros((1, len(states)), dtype=torch.long, device=states.device)}
+            else:
+                inputs = {"inputs_embeds": states.new_zeros(()).expand(1, len(states), self._embedding_size)}
+            return cast(torch.Tensor, self._model(**inputs, use_cache=False).logits[0])
+        finally:
+            del self._base.forward
+
+    def _pass(
+        self, run: Any, tokens: torch.Tensor, hidden: torch.Tensor | None, positions: torch.Tensor, cache: Any,
+        **extra: torch.Tensor,
+    ) -> tuple[Any, torch.Tensor | None]:  # fmt: skip
+        """The output of `run`, and what left the last block, [n, hidden size], unless this is the last stage."""
         self._incoming = None if hidden is None else hidden[None]
         if hidden is None:
             inputs = {"input_ids": tokens[None]}
         else:  # only its shape counts: the hook replaces what becomes of it
             inputs = {"inputs_embeds": hidden.new_zeros(()).expand(1, len(tokens), self._embedding_size)}
-        run = self._model if self.ends.last and rows.numel() else self._base
-        extra = {"logits_to_keep": rows} if run is self._model else {}
         try:
             output = run(**inputs, **extra, position_ids=positions[None], past_key_values=cache, use_cache=True)
-            if run is self._model:
-                return cast(torch.Tensor, output.logits[0])
             if self.ends.last:
-                return cast(torch.Tensor, output.last_hidden_state[0, :0])
+                return output, None
             assert self._outgoing is not None  # our own hook has run
-            return self._outgoing[0]
+            return output, self._outgoing[0]
         finally:
             self._incoming = self._outgoing = None
 

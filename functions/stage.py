@@ -11,10 +11,11 @@ import torch
 
 from functions.contract.errors import InvalidEvent, PromptTooLong, WrongPosition
 from functions.contract.frames import Frame
-from functions.contract.messages import Samples, Slice, Step
+from functions.contract.messages import Int32Array, Samples, Slice, Step
 from functions.kv_cache import KvStore, Sequence
 from functions.runner import Runner
 from functions.sampling import Draw, choose
+from functions.span_model import SpanModel
 from functions.weights import SAFETENSORS_DTYPES, TORCH_DTYPES
 
 
@@ -22,7 +23,7 @@ class Stage:
     def __init__(self, runner: Runner, kv_bytes_max: int) -> None:
         self.model = runner.model
         self.kv = KvStore(len(self.model.span), runner.kv_bytes_per_token, kv_bytes_max)
-        self._runner = runner
+        self.runner = runner
 
     def step(self, step: Step) -> Step | Samples:
         """Computes the slices. The answer is the step with this stage's hidden states, or the samples at the end.
@@ -30,19 +31,17 @@ class Stage:
         Steps may repeat: a slice that starts before what is cached is computed anew from there. Raises InvalidEvent,
         WrongPosition, PromptTooLong, KvExhausted."""
         self._check(step)
-        tokens = torch.from_numpy(step.tokens.astype(np.int64)).to(self.model.device)
-        hidden = self._hidden(step)
+        tokens = token_tensor(step.tokens, self.model.device)
+        hidden = None if step.hidden is None else hidden_tensor(step.hidden, self.model.device)
         sequences = self.kv.reserve(step.slices, dict(step.openings))
-        result = self._runner.run(sequences, step.slices, tokens, hidden)
+        result = self.runner.run(sequences, step.slices, tokens, hidden)
         self._advance(step, sequences)
         if self.model.ends.last:
             return self._samples(step.slices, sequences, result)
-        return Step(step.slices, step.tokens, _frame(result), step.openings)
+        return Step(step.slices, step.tokens, frame_of(result), step.openings)
 
     def _check(self, step: Step) -> None:
-        if len(step.tokens) and not (step.tokens.min() >= 0 and step.tokens.max() < self.model.vocab_size):
-            raise InvalidEvent(f"token ids must be in 0..{self.model.vocab_size - 1}")
-        self._check_hidden(step)
+        check_input(self.model, step.tokens, step.hidden)
         for piece in step.slices:
             if piece.end > self.model.max_positions:
                 raise PromptTooLong(
@@ -62,26 +61,6 @@ class Stage:
                 {piece.sequence: have[piece.sequence] for piece in gaps},
             )
 
-    def _check_hidden(self, step: Step) -> None:
-        if self.model.ends.first:
-            if step.hidden is not None:
-                raise InvalidEvent("the first stage takes tokens only, the event brings hidden states")
-            return
-        dtype = SAFETENSORS_DTYPES[self.model.dtype]
-        if step.hidden is None:
-            raise InvalidEvent("this stage needs the hidden states of the stage before it")
-        if step.hidden.dtype != dtype or step.hidden.shape[1] != self.model.hidden_size:
-            raise InvalidEvent(
-                f"hidden must be {dtype} [n, {self.model.hidden_size}], got {step.hidden.dtype} "
-                f"{list(step.hidden.shape)}"
-            )
-
-    def _hidden(self, step: Step) -> torch.Tensor | None:
-        if step.hidden is None:
-            return None
-        flat = torch.frombuffer(step.hidden.data, dtype=TORCH_DTYPES[step.hidden.dtype])
-        return flat.view(step.hidden.shape).to(self.model.device)
-
     def _advance(self, step: Step, sequences: list[Sequence]) -> None:
         at = 0
         for piece, sequence in zip(step.slices, sequences, strict=True):
@@ -98,7 +77,33 @@ class Stage:
         return Samples(choose(logits, draws) if draws else ())
 
 
-def _frame(hidden: torch.Tensor) -> Frame:
+def check_input(model: SpanModel, tokens: Int32Array, hidden: Frame | None) -> None:
+    """Raises InvalidEvent for what the blocks of `model` cannot be given."""
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < model.vocab_size):
+        raise InvalidEvent(f"token ids must be in 0..{model.vocab_size - 1}")
+    if model.ends.first:
+        if hidden is not None:
+            raise InvalidEvent("the first stage takes tokens only, the event brings hidden states")
+        return
+    dtype = SAFETENSORS_DTYPES[model.dtype]
+    if hidden is None:
+        raise InvalidEvent("this stage needs the hidden states of the stage before it")
+    if hidden.dtype != dtype or hidden.shape[1] != model.hidden_size:
+        raise InvalidEvent(f"hidden must be {dtype} [n, {model.hidden_size}], got {hidden.dtype} {list(hidden.shape)}")
+
+
+def token_tensor(tokens: Int32Array, device: torch.device) -> torch.Tensor:
+    """int64 [n]."""
+    return torch.from_numpy(tokens.astype(np.int64)).to(device)
+
+
+def hidden_tensor(hidden: Frame, device: torch.device) -> torch.Tensor:
+    """The frame's bytes without a copy, on a CPU."""
+    flat = torch.frombuffer(hidden.data, dtype=TORCH_DTYPES[hidden.dtype])
+    return flat.view(hidden.shape).to(device)
+
+
+def frame_of(hidden: torch.Tensor) -> Frame:
     """The tensor's bytes without a copy (after one to the host, for a GPU)."""
     host = hidden.contiguous().cpu()
     return Frame(SAFETENSORS_DTYPES[host.dtype], tuple(host.shape), host.view(torch.uint8).numpy().reshape(-1).data)

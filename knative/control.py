@@ -29,7 +29,8 @@ from knative.log_lines import LogFile, log_lines
 from knative.resources.documents import Document
 
 KINDS = (
-    "service", "revision", "pod", "configmap", "inferenceservice", "servingruntime", "clusterservingruntime",
+    "service", "revision", "pod", "configmap", "inferenceservice", "servingruntime", "clusterservingruntime", "broker",
+    "trigger",
 )  # fmt: skip
 APPLY_BYTES_MAX = 16 << 20
 SHUTDOWN_S = 1.0  # for replies under way

@@ -50,6 +50,11 @@ BUILTIN: Mapping[str, Command] = {
         args=("--host", "127.0.0.1", "--http-port", "$(PORT)", "--grpc-port", "$(GRPC_PORT)"),
         preload=("orchestrator.serving_imports",),
     ),
+    "stagecraft/results": Command(
+        module="orchestrator.batches.server",
+        preload=("orchestrator.batches.results_api", "uvicorn"),
+        env={"HOST": "127.0.0.1"},
+    ),
     "stagecraft/process": Command(),  # the manifest's own command
 }
 

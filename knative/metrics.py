@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from knative.eventing.event_metrics import EventMetrics
+
 if TYPE_CHECKING:
     from knative.node import RevisionName
     from knative.revision import Revision
@@ -40,6 +42,7 @@ class Metrics:
 
     def __init__(self, revisions: Callable[[], Iterable[Revision]]) -> None:
         self._registry = CollectorRegistry()
+        self.events = EventMetrics(self._registry)
         self._duration = Histogram(
             "kn_serving_invocation_duration_seconds",
             "Time from a request's arrival at the queue-proxy to the end of its response",

@@ -1,8 +1,9 @@
-"""Knative Serving on one machine, in one process: what `stagecraft local start` and `stagecraft up` run.
+"""Knative on one machine, in one process: what `stagecraft local start` and `stagecraft up` run.
 
     InferenceService -> Service          as KServe translates it (knative/resources)
     manifests -> ServiceController -> Revision -> Replica        a process behind its queue-proxy
     requests  -> Ingress -> Revision (activator or direct) -> Replica
+    events    -> Ingress -> Eventing (a durable queue) -> Ingress -> Revision, as above
     clock     -> Platform._turn -> Revision.tick                 the autoscaler
 
 Replicas are children of this process and end with it, whatever ends it (`knative/kubelet`).
@@ -26,6 +27,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from knative.autoscaler.config import AutoscalerConfig
 from knative.errors import NotFound, Unavailable, ValidationError
+from knative.eventing.addresses import broker_url
+from knative.eventing.broker import HOST as BROKER_HOST
+from knative.eventing.broker import BrokerIngress
+from knative.eventing.eventing import Eventing
 from knative.images import Command, Images
 from knative.inference import inference_status
 from knative.kubelet.kubelet import Kubelet
@@ -38,7 +43,8 @@ from knative.network.tunnel import Target, Tunnel
 from knative.node import Node
 from knative.resources.config_maps import DefaultsConfig, FeaturesConfig
 from knative.resources.documents import SYSTEM_NAMESPACE, Document, parse
-from knative.resources.objects import ConfigMap, InferenceService, Resource, Service, ServingRuntime
+from knative.resources.eventing import check_trigger_update
+from knative.resources.objects import Broker, ConfigMap, InferenceService, Resource, Service, ServingRuntime, Trigger
 from knative.resources.service import Settings
 from knative.revision import LogFile, Revision
 from knative.service import ServiceController
@@ -66,6 +72,7 @@ class PlatformSettings:
     grpc_port: int | None = None  # passes HTTP/2 connections on to the default service; None: not
     images: Mapping[str, Command] = field(default_factory=dict)  # further rows of the image table
     fork: bool = True  # start replicas from pre-imported interpreters
+    data_folder: Path | None = None  # of events, which outlive the platform; None: `data` in `folder`
     drain_quiet_s: float = 2.0  # Knative: 30 s, for routers that learn late that a replica goes
     gpus: tuple[str, ...] | None = None  # None: those that are found
 
@@ -106,7 +113,9 @@ class Platform:
     async def __aenter__(self) -> Self:
         self._session = relay_session()
         self._ingress = Ingress(session=self._session)
+        self._eventing = self._make_eventing()
         try:
+            await self._eventing.resume()
             await self._listen()
             await self._kubelet.start()
         except OSError as error:
@@ -128,6 +137,18 @@ class Platform:
         self._turning = asyncio.create_task(self._turn())
         return self
 
+    def _make_eventing(self) -> Eventing:
+        eventing = Eventing(
+            self.data_folder,
+            session=self._session,
+            ingress=lambda: _reachable(self._ingress.address),
+            exists=self._exists,
+            changed=self._route,
+            metrics=self._metrics.events,
+        )
+        self._broker_ingress = Route(((100, BrokerIngress(eventing)),))
+        return eventing
+
     async def _listen(self) -> None:
         settings = self.settings
         await self._ingress.start(settings.host, settings.port)
@@ -139,6 +160,7 @@ class Platform:
         await self._close()
 
     async def _close(self) -> None:
+        self._eventing.pause()
         try:
             await self._running_answers()
         finally:  # when cancelled once more, without grace, but whole
@@ -153,7 +175,7 @@ class Platform:
     async def _running_answers(self) -> None:
         """Lets answers end that are on their way, for a while."""
         for _ in range(int(GRACE_S / _LOOK_EVERY_S)):
-            if not self.in_flight:
+            if not self.in_flight and not self._eventing.sending:
                 return
             await asyncio.sleep(_LOOK_EVERY_S)
 
@@ -161,6 +183,7 @@ class Platform:
         if self._turning is not None:
             self._turning.cancel()
             await asyncio.gather(self._turning, return_exceptions=True)
+        await self._eventing.close()
         await asyncio.gather(self._ingress.close(), self._tunnel.close(), self._metrics_page.close())
         await asyncio.gather(*(controller.close() for controller in (*self._services.values(), *self._leaving)))
         self._inference_services.clear()
@@ -185,6 +208,11 @@ class Platform:
     def url(self) -> str:
         """Of the ingress, for clients on this machine."""
         return f"http://{_reachable(self._ingress.address)}"
+
+    @property
+    def data_folder(self) -> Path:
+        """Where events are kept, once there is a Broker."""
+        return self.settings.data_folder or self.settings.folder / "data"
 
     @property
     def grpc(self) -> str:
@@ -213,6 +241,8 @@ class Platform:
         )
         for resource in parsed.resources:
             self._check(resource)
+        if not dry_run and any(isinstance(resource, Broker) for resource in parsed.resources):
+            await self._eventing.open()
         applied = []
         for resource in parsed.resources:  # config maps come first, so that services start by them
             action = self._action(resource)
@@ -243,6 +273,10 @@ class Platform:
         elif kind == "configmap" and key in self._config_maps:
             del self._config_maps[key]
             self._reconfigure()
+        elif kind == "broker" and key in self._eventing.brokers:
+            await self._eventing.remove_broker(key)
+        elif kind == "trigger":
+            await self._eventing.remove_trigger(key)
         else:
             raise NotFound(f"{kind} {name!r} not found in namespace {namespace!r}")
 
@@ -267,6 +301,10 @@ class Platform:
         owned = self._services.get((namespace, owner.service.name)) if owner else None
         return self._services.get((namespace, name)) or owned
 
+    def _exists(self, kind: str, namespace: str, name: str) -> bool:
+        """Whether there is a service or inferenceservice of that name."""
+        return (namespace, name) in (self._services if kind == "service" else self._inference_services)
+
     def _owner(self, key: tuple[str, str]) -> InferenceService | None:
         """The InferenceService that the Service of that name belongs to."""
         owners = self._inference_services.values()
@@ -278,6 +316,9 @@ class Platform:
             raise ValidationError(
                 [f'Service "{resource.name}" belongs to InferenceService "{owner.name}": change that instead']
             )
+        if isinstance(resource, Trigger):
+            trigger = self._eventing.triggers.get((resource.namespace, resource.name))
+            check_trigger_update(trigger or resource, resource)
         service: Resource = resource
         if isinstance(resource, InferenceService):
             service, before = resource.service, self._inference_services.get((resource.namespace, resource.name))
@@ -299,6 +340,10 @@ class Platform:
                 before = self._inference_services.get(key)
             case Service():
                 before = self._services[key].service if key in self._services else None
+            case Broker():
+                before = self._eventing.brokers.get(key)
+            case Trigger():
+                before = self._eventing.triggers.get(key)
         if before is None:
             return "created"
         return "unchanged" if before == resource else "configured"
@@ -316,6 +361,10 @@ class Platform:
                 self._inference_services[key] = resource
             case Service():
                 self._run(resource)
+            case Broker():
+                self._eventing.take_broker(resource)
+            case Trigger():
+                self._eventing.take_trigger(resource)
         self._route()
 
     def _run(self, service: Service) -> None:
@@ -359,7 +408,12 @@ class Platform:
             if (route := routes.get(f"{owner.service.name}.{namespace}")) is not None:
                 routes.setdefault(f"{name}.{namespace}", route)
         namespace, _, name = self.settings.default_service.partition("/")
-        self._ingress.set_routes(routes, routes.get(f"{name}.{namespace}"))
+        default = routes.get(f"{name}.{namespace}")
+        brokers = {f"/{namespace}/{name}": self._broker_ingress for namespace, name in self._eventing.brokers}
+        if brokers:
+            routes[BROKER_HOST] = self._broker_ingress
+        self._ingress.set_routes(routes, default, brokers)
+        self._eventing.wake()
 
     def _connect_default(self) -> AbstractAsyncContextManager[Target]:
         """Raises Unavailable when the default service has not been applied."""
@@ -411,6 +465,8 @@ class Platform:
             "inferenceservice": self._get_inference_services,
             "servingruntime": lambda: self._get_runtimes(of_cluster=False),
             "clusterservingruntime": lambda: self._get_runtimes(of_cluster=True),
+            "broker": lambda: self._with_status(self._eventing.get_brokers(self._broker_url)),
+            "trigger": lambda: self._with_status(self._eventing.get_triggers()),
         }
         return [one for one in kinds[kind]() if namespace in (None, one["metadata"].get("namespace", namespace))]
 
@@ -485,6 +541,13 @@ class Platform:
         for _, config_map in sorted(self._config_maps.items()):
             yield self._without_status(config_map.manifest)
 
+    def _with_status(
+        self, found: Iterator[tuple[Broker | Trigger, datetime, dict[str, Any]]]
+    ) -> Iterator[dict[str, Any]]:
+        for one, made, status in found:
+            metadata = {**_mapping(one.manifest.get("metadata")), "creationTimestamp": _rfc3339(made)}
+            yield {**one.manifest, "metadata": metadata, "status": status}
+
     def _without_status(self, manifest: Mapping[str, object]) -> dict[str, Any]:
         metadata = {**_mapping(manifest.get("metadata")), "creationTimestamp": _rfc3339(self.started)}
         return {**manifest, "metadata": metadata}
@@ -492,6 +555,11 @@ class Platform:
     def service_url(self, namespace: str, name: str) -> str:
         """By path, which works without DNS."""
         return f"{self.url}/{namespace}/{name}"
+
+    def _broker_url(self, namespace: str, name: str) -> str:
+        """By path, unless a service has that name."""
+        known = any(self._exists(kind, namespace, name) for kind in ("service", "inferenceservice"))
+        return broker_url(namespace, name) if known else self.service_url(namespace, name)
 
     def logs(self, namespace: str, name: str) -> list[LogFile]:
         """Of an inference service, a service, a revision or a pod, the oldest first. Raises NotFound."""
@@ -517,9 +585,11 @@ class Platform:
                 "url": self.url,
                 "metrics_url": self.metrics_url,
                 "folder": str(self.settings.folder),
+                "data_folder": str(self.data_folder),
                 "started_at": _rfc3339(self.started),
             },
             "revisions": [revision.status() for revision in self._revisions()],
+            **self._eventing.status(self._broker_url),
         }
 
     def metrics(self) -> bytes:
@@ -552,6 +622,8 @@ def _kind(resource: Resource) -> str:
             return "service.serving.knative.dev"
         case InferenceService():
             return "inferenceservice.serving.kserve.io"
+        case Broker() | Trigger():
+            return f"{type(resource).__name__.lower()}.eventing.knative.dev"
         case ServingRuntime():
             return f"{'' if resource.namespace else 'cluster'}servingruntime.serving.kserve.io"
 

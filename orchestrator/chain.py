@@ -6,6 +6,9 @@ sequences come and end when they are empty.
 
     generate() -> waiting line -> lane -> step: stage 0 -> stage 1 -> ... -> samples -> generate() yields tokens
 
+There are two waiting lines. Nobody of the batch line is let in while an interactive sequence waits, and while there is
+interactive load the batch line leaves a share of the KV memory free. What runs is never interrupted.
+
 A lane's first event to a stage goes to the stage's service, which chooses a replica (and starts one where there is
 none); the reply names it, and from then on the lane goes there, where its caches are. A lane whose replica drains,
 vanishes or is too busy goes back to the service; what the new replica lacks is sent again.
@@ -15,11 +18,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 import structlog
@@ -29,7 +33,7 @@ from functions.contract.frames import Buffer
 from functions.contract.messages import SEQUENCE_ID_BOUND, Samples, StageInfo, Step, encode_release
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
-from orchestrator.generation import GenerationError, GenerationRequest, Token
+from orchestrator.generation import GenerationError, GenerationRequest, Priority, Token
 from orchestrator.kv_ledger import KvLedger
 from orchestrator.replica_watch import ReplicaWatch
 from orchestrator.stage_client import StageClient, StageUnreachable
@@ -47,7 +51,9 @@ class ChainSettings:
     lanes_max: int = 0  # 0: no bound
     lane_age_s: float = 5.0  # older lanes take no new sequences, see lanes.place
     step_tokens_max: int = 512  # prefill chunks and decode tokens of one step
-    waiting_max: int = 1024  # sequences admitted but not yet in a lane
+    waiting_max: int = 1024  # sequences admitted but not yet in a lane, of each priority
+    batch_share: float = 0.75  # of KV memory, and of bounded lanes, that batches may fill up beside interactive load
+    batch_alone_after_s: float = 5.0  # without interactive load for so long, batches may use all
     wake_timeout_s: float = 600.0
     step_timeout_s: float = 120.0
     release_timeout_s: float = 10.0
@@ -64,6 +70,10 @@ class _Job:
     sequence: lanes.Sequence
     kv_tokens: int
     out: asyncio.Queue[Token | GenerationError] = field(default_factory=asyncio.Queue)
+
+    @property
+    def priority(self) -> Priority:
+        return self.sequence.request.priority
 
 
 @dataclass(eq=False)
@@ -108,7 +118,9 @@ class Chain:
         self._urls = tuple(url.rstrip("/") + "/" for url in stage_urls)
         self._stages: list[StageClient] = []
         self._lanes: list[_Lane] = []
-        self._waiting: deque[_Job] = deque()
+        self._waiting: dict[Priority, deque[_Job]] = {priority: deque() for priority in get_args(Priority)}
+        self._interactive = 0  # sequences, waiting and running
+        self._interactive_s = -math.inf  # when the last of them left
         self._kv = KvLedger(len(self._urls))
         self._lane_tasks: set[asyncio.Task[None]] = set()
         self._wakes: dict[int, asyncio.Task[None]] = {}
@@ -152,8 +164,9 @@ class Chain:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        jobs = [*self._waiting, *(job for lane in self._lanes for job in lane.jobs)]
-        self._waiting.clear()
+        jobs = [job for line in (*self._waiting.values(), *(lane.jobs for lane in self._lanes)) for job in line]
+        for line in self._waiting.values():
+            line.clear()
         for lane in self._lanes:
             self._spawn(self._release([job.sequence.id for job in lane.jobs], lane.caches))
             metrics.RUNNING.labels(lane.name).set(0)
@@ -188,9 +201,10 @@ class Chain:
         if not self.ready:
             raise GenerationError("the stages are not ready yet", status=503, code="not_ready", retry_after_s=1)
         self._check(request)
-        if len(self._waiting) >= self.settings.waiting_max:
+        line = self._waiting[request.priority]
+        if len(line) >= self.settings.waiting_max:
             raise GenerationError(
-                f"{len(self._waiting)} requests are waiting, which is the limit; try again later",
+                f"{len(line)} requests are waiting, which is the limit; try again later",
                 status=429,
                 code="overloaded",
                 retry_after_s=5,
@@ -206,7 +220,8 @@ class Chain:
                 code="kv_memory_exceeded",
                 param="max_tokens",
             )
-        self._waiting.append(job)
+        self._interactive += job.priority == "interactive"
+        line.append(job)
         self._fill_lanes()
         return job
 
@@ -230,36 +245,59 @@ class Chain:
             )
 
     def _fill_lanes(self) -> None:
-        """Moves waiting sequences into lanes while there is room and KV memory. First come, first served."""
-        while self._waiting and self.ready:
-            lane = self._place(self._waiting[0].kv_tokens)
-            if lane is None:
+        """Moves waiting sequences into lanes while there is room and KV memory: interactive ones, and once none of them
+        waits those of batches. Within a line first come, first served."""
+        for line in self._waiting.values():
+            if not self.ready or not self._let_in(line):
                 break
-            job = self._waiting.popleft()
+        for priority, line in self._waiting.items():
+            metrics.WAITING.labels(priority).set(len(line))
+
+    def _let_in(self, line: deque[_Job]) -> bool:
+        """Whether nobody is left in the line."""
+        while line:
+            lane = self._place(line[0])
+            if lane is None:
+                return False
+            job = line.popleft()
             self._kv.promise(lane.home, job.kv_tokens)
             lane.jobs.append(job)
-        metrics.WAITING.set(len(self._waiting))
+        return True
 
-    def _place(self, kv_tokens: int) -> _Lane | None:
+    def _place(self, job: _Job) -> _Lane | None:
         now_s = _now_s()
+        share = self._share_of(job, now_s)
         states = [
-            lanes.LaneState(len(lane.jobs), now_s - lane.opened_s, self._kv.fits(lane.home, kv_tokens))
+            lanes.LaneState(len(lane.jobs), now_s - lane.opened_s, self._kv.fits(lane.home, job.kv_tokens, share))
             for lane in self._lanes
         ]
-        rule = lanes.LaneRule(
-            len(self._stages), self.settings.lane_width, self.settings.lanes_max, self.settings.lane_age_s
-        )
-        index = lanes.place(states, rule, may_open=self._kv.fits([None] * len(self._stages), kv_tokens))
+        rule = self._rule(share)
+        index = lanes.place(states, rule, may_open=self._kv.fits([None] * rule.spread, job.kv_tokens, share))
         if index is None:
             return None
         return self._lanes[index] if index < len(self._lanes) else self._open_lane(now_s)
 
+    def _share_of(self, job: _Job, now_s: float) -> float:
+        """The part of everything that may be in use once the sequence has been let in."""
+        beside_others = self._interactive or now_s - self._interactive_s < self.settings.batch_alone_after_s
+        return self.settings.batch_share if job.sequence.is_batch and beside_others else 1.0
+
+    def _rule(self, share: float) -> lanes.LaneRule:
+        width, lanes_max = self.settings.lane_width, self.settings.lanes_max
+        if lanes_max:  # else whoever finds no seat opens a lane
+            width = max(1, int(width * share))
+        return lanes.LaneRule(len(self._stages), width, lanes_max, self.settings.lane_age_s)
+
     def _drop(self, job: _Job) -> None:
         """The consumer is gone: a waiting sequence leaves at once, a running one before the lane's next step."""
         job.sequence.cancelled = True
-        if job in self._waiting:
-            self._waiting.remove(job)
-            metrics.WAITING.set(len(self._waiting))
+        if job.priority == "interactive":
+            self._interactive -= 1
+            self._interactive_s = _now_s()
+        line = self._waiting[job.priority]
+        if job in line:
+            line.remove(job)
+            self._fill_lanes()  # others may have waited for it alone
 
     # -- lanes
 
@@ -420,12 +458,14 @@ class Chain:
             await asyncio.sleep(self.settings.backoff_s * 2 ** min(worst - 1, 6))
 
     async def _make_room(self, lane: _Lane, jobs: list[_Job], error: KvExhausted) -> None:
-        """A replica has less memory than it was thought to have. The sequence that came last to the lane waits until
-        another has ended, and is then computed anew; only one that has everything to itself can fail of this."""
+        """A replica has less memory than it was thought to have. The sequence that came last to the lane, of a batch if
+        there is one, waits until another has ended, and is then computed anew; only one that has everything to itself
+        can fail of this."""
         if sum(len(other.jobs) for other in self._lanes) == 1:
             await self._retry(lane, jobs, error)
             return
-        job = next(job for job in reversed(lane.jobs) if job in jobs)
+        latest = [job for job in reversed(lane.jobs) if job in jobs]
+        job = next((job for job in latest if job.sequence.is_batch), latest[0])
         log.warning("sequence_put_back", lane=lane.name, error=str(error))
         lane.jobs.remove(job)
         lane.suspects = [suspect for suspect in lane.suspects if suspect is not job]
@@ -433,7 +473,7 @@ class Chain:
         if not job.sequence.cancelled:
             # under another id, so that the release of what it held cannot meet what it holds next
             job.sequence.id, job.sequence.cached = _new_id(), 0
-            self._waiting.appendleft(job)
+            self._waiting[job.priority].appendleft(job)
         await asyncio.sleep(self.settings.backoff_s)
 
     # -- leaving the stages

@@ -11,5 +11,5 @@ HOP_SECONDS = Histogram("stagecraft_hop_seconds", "One event to a stage and its 
 HOP_BYTES = Counter("stagecraft_hop_bytes_total", "Bytes of step data sent to a stage", ["stage"])
 TOKENS = Counter("stagecraft_tokens_sampled_total", "Tokens that the last stage has sampled")
 REPLAYS = Counter("stagecraft_replays_total", "Times that a stage held less of a sequence than was thought")
-WAITING = Gauge("stagecraft_sequences_waiting", "Sequences that wait for a lane")
+WAITING = Gauge("stagecraft_sequences_waiting", "Sequences that wait for a lane", ["priority"])
 RUNNING = Gauge("stagecraft_sequences_running", "Sequences in a lane (numbers are used again)", ["lane"])

@@ -6,7 +6,9 @@ All endpoints (OpenAI, V1, V2, generate) go through `Service.generate`; they dif
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
@@ -14,10 +16,13 @@ from typing import cast
 import structlog
 
 from orchestrator.chat import ChatTemplate, ChatTemplateError
-from orchestrator.generation import FinishReason, GenerationError, GenerationRequest, Generator, Token
+from orchestrator.generation import FinishReason, GenerationError, GenerationRequest, Generator, Priority, Token
 from orchestrator.metrics import RequestRecord
 from orchestrator.text import TextStream
 from orchestrator.tokenizer import Tokenizer
+
+RETRY_AFTER_S_MAX = 60
+_NEWEST_WEIGHS = 0.1  # in the average duration of requests
 
 _log = structlog.get_logger("orchestrator")
 
@@ -60,6 +65,30 @@ class Answer:
         self.finish = piece.finish or self.finish
 
 
+class Places:
+    """Bounds the requests of one priority, and knows when the next place will be free."""
+
+    def __init__(self, requests_max: int) -> None:
+        self._requests_max = requests_max
+        self._in_flight = 0
+        self._duration_s = 0.0  # of the requests that ended last, on average
+
+    def take(self) -> None:
+        """Raises GenerationError (429) where no place is free."""
+        if self._in_flight >= self._requests_max:
+            raise GenerationError(
+                f"{self._in_flight} requests are under way, the limit is {self._requests_max}; try again later",
+                status=429,
+                code="too_many_requests",
+                retry_after_s=min(max(math.ceil(self._duration_s / self._in_flight), 1), RETRY_AFTER_S_MAX),
+            )
+        self._in_flight += 1
+
+    def free(self, duration_s: float) -> None:
+        self._in_flight -= 1
+        self._duration_s += _NEWEST_WEIGHS * (duration_s - self._duration_s)
+
+
 class Service:
     """What the endpoints share: the model behind them, its name, its words, and how much may be under way at once."""
 
@@ -70,29 +99,43 @@ class Service:
         *,
         name: str,
         requests_max: int = 256,
+        batch_requests_max: int = 128,
         choices_max: int = 128,
     ) -> None:
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
         self.choices_max = choices_max
-        self._requests_max = requests_max
-        self._in_flight = 0
+        self._places: dict[Priority, Places] = {
+            "interactive": Places(requests_max),
+            "batch": Places(batch_requests_max),
+        }
         self.chat_template, self.chat_problem = _compiled(tokenizer)
 
     async def generate(
-        self, choices: Sequence[Choice], *, endpoint: str, request_id: str, prompt_tokens: int
+        self,
+        choices: Sequence[Choice],
+        *,
+        endpoint: str,
+        request_id: str,
+        prompt_tokens: int,
+        about: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[Piece, None]:
-        """Pieces of all choices as they come. Closing the iterator frees every sequence. Raises GenerationError."""
-        self._admit()
-        self._in_flight += 1
+        """Pieces of all choices as they come. Closing the iterator frees every sequence. Raises GenerationError.
+
+        The choices of a request have one priority. `about` is what its line in the log says besides."""
+        self.check_ready()
+        places = self._places[choices[0].request.priority]
+        places.take()
         record = RequestRecord(
             model=self.name,
             endpoint=endpoint,
             request_id=request_id,
             prompt_tokens=prompt_tokens,
             choices=len(choices),
+            about=about or {},
         )
+        started_s = time.monotonic()
         try:
             with record:
                 async with aclosing(_side_by_side(self, choices)) as pieces:
@@ -102,7 +145,7 @@ class Service:
                             record.finishes.append(piece.finish)
                         yield piece
         finally:
-            self._in_flight -= 1
+            places.free(time.monotonic() - started_s)
 
     def check_ready(self) -> None:
         """Raises GenerationError (503). To be called before anything that depends on the model's limits."""
@@ -112,16 +155,6 @@ class Service:
                 status=503,
                 code="model_not_ready",
                 retry_after_s=2,
-            )
-
-    def _admit(self) -> None:
-        self.check_ready()
-        if self._in_flight >= self._requests_max:
-            raise GenerationError(
-                f"{self._in_flight} requests are under way, the limit is {self._requests_max}; try again later",
-                status=429,
-                code="too_many_requests",
-                retry_after_s=1,
             )
 
 

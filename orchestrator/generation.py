@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from functions.contract.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
+Priority = Literal["interactive", "batch"]  # which goes first, first
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +17,15 @@ class GenerationRequest:
     """One sequence to generate. A request with n choices becomes n of these, with seeds derived from its own.
 
     Generation ends after `max_tokens` tokens ("length") or with a token of `stop_ids` ("stop"; that token is
-    reported too). Texts that stop generation are the endpoint's business: it closes the iterator."""
+    reported too). Texts that stop generation are the endpoint's business: it closes the iterator.
+
+    `priority` says who waits for whom, and changes no token."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,10 @@ class KvLedger:
     def promised(self, stage: int, replica: str | None) -> int:
         return self._promised[stage].get(replica, 0)
 
-    def fits(self, homes: Homes, tokens: int) -> bool:
-        """Whether a lane with these homes may take a sequence of `tokens`. A replica that holds nothing takes any: if
-        it is too small after all, it says so itself."""
-        return all(self._fits(stage, replica, tokens) for stage, replica in enumerate(homes))
+    def fits(self, homes: Homes, tokens: int, share: float = 1.0) -> bool:
+        """Whether a lane with these homes may take a sequence of `tokens` and leave all but `share` of each replica's
+        memory free. A replica that holds nothing takes any: if it is too small after all, it says so itself."""
+        return all(self._fits(stage, replica, tokens, share) for stage, replica in enumerate(homes))
 
     def promise(self, homes: Homes, tokens: int) -> None:
         for stage, replica in enumerate(homes):
@@ -68,7 +68,7 @@ class KvLedger:
         self._add(stage, old, -tokens)
         self._add(stage, new, tokens)
 
-    def _fits(self, stage: int, replica: str | None, tokens: int) -> bool:
+    def _fits(self, stage: int, replica: str | None, tokens: int, share: float) -> bool:
         promised = self._promised[stage]
         if replica is not None:
             held, budget = promised.get(replica, 0), self._budgets[stage].get(replica, self._sizes[stage])
@@ -77,7 +77,7 @@ class KvLedger:
             in_use = (size for home, size in self._budgets[stage].items() if home in promised)
             budget = min(in_use, default=self._sizes[stage])
         held += promised.get(None, 0)
-        return held == 0 or held + tokens <= budget
+        return held == 0 or held + tokens <= budget * share
 
     def _add(self, stage: int, replica: str | None, tokens: int) -> None:
         left = self.promised(stage, replica) + tokens

@@ -40,6 +40,11 @@ class Sequence:
         return len(self.history) - self.cached
 
     @property
+    def is_batch(self) -> bool:
+        """Whether interactive sequences go first."""
+        return self.request.priority == "batch"
+
+    @property
     def decoding(self) -> bool:
         return self.pending == 1 and self.generated > 0
 
@@ -60,14 +65,15 @@ class Sequence:
 
 def next_step(sequences: Items[Sequence], tokens_max: int) -> Step:
     """The next pass of a lane: every decoding sequence's one token, then prefill chunks, oldest first, until
-    `tokens_max` tokens are reached. At least one sequence gets a slice."""
+    `tokens_max` tokens are reached; in both, interactive sequences before those of batches. At least one sequence gets
+    a slice."""
     # those with the shortest answers first: if not all fit, none waits for ever
-    decoding = sorted((s for s in sequences if s.decoding), key=lambda s: s.generated)
+    decoding = sorted((s for s in sequences if s.decoding), key=lambda s: (s.is_batch, s.generated))
     prefilling = len(decoding) < len(sequences)
     chosen = decoding[: max(1, tokens_max - prefilling)]  # a prompt gets on by a token at least
     left = tokens_max - len(chosen)
     slices = [Slice(s.id, s.cached, 1) for s in chosen]
-    for sequence in sequences:
+    for sequence in sorted(sequences, key=lambda s: s.is_batch):
         if left <= 0:
             break
         if not sequence.decoding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 import structlog
@@ -19,6 +20,13 @@ FIRST_TOKEN_S = Histogram(
 INTER_TOKEN_S = Histogram(
     "stagecraft_inter_token_seconds", "Between two tokens of one choice", ["model"], buckets=_SECONDS
 )
+BATCH_REQUESTS = Counter(
+    "stagecraft_batch_requests", "Request events of batches by what became of them", ["model", "outcome"]
+)
+BATCH_IN_FLIGHT = Gauge("stagecraft_batch_requests_in_flight", "Requests of batches in work", ["model"])
+BATCH_QUEUE = Gauge(
+    "stagecraft_batch_queue", "Events in the orchestrator's file: requests, results, undelivered", ["model", "kind"]
+)
 
 _log = structlog.get_logger("orchestrator")
 
@@ -26,8 +34,11 @@ _log = structlog.get_logger("orchestrator")
 class RequestRecord:
     """Context around one request's generation. Leaving it counts and logs: ok, cancelled, or the error's code."""
 
-    def __init__(self, *, model: str, endpoint: str, request_id: str, prompt_tokens: int, choices: int) -> None:
+    def __init__(
+        self, *, model: str, endpoint: str, request_id: str, prompt_tokens: int, choices: int, about: Mapping[str, str]
+    ) -> None:
         self._labels = {"model": model, "endpoint": endpoint}
+        self._about = dict(about)
         self._request_id = request_id
         self._choices = choices
         self._started_s = time.perf_counter()
@@ -79,5 +90,6 @@ class RequestRecord:
             ttft_ms=first_ms,
             total_ms=round((time.perf_counter() - self._started_s) * 1000, 1),
             finish=",".join(self.finishes),
+            **self._about,
             **({"error": error} if error else {}),
         )

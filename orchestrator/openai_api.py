@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 
 from starlette.applications import Starlette
@@ -20,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from orchestrator.choices import Piece, Service, as_generation_error, collect
-from orchestrator.generation import GenerationError
+from orchestrator.generation import GenerationError, Priority
 from orchestrator.openai_replies import (
     DONE,
     ChatReplies,
@@ -68,6 +69,42 @@ class EventStream(StreamingResponse):
             await self._pieces.aclose()
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the answer takes from the way that its request came. `tag` makes the answer's id."""
+
+    tag: str
+    created_s: int
+    priority: Priority = "interactive"
+
+
+def completion_replies(service: Service, body: Mapping[str, Any], origin: Origin) -> CompletionReplies:
+    """The checked request, ready to be generated. Raises GenerationError."""
+    parsed = parse_request(CompletionRequest, body)
+    check_model(service, parsed.model)
+    work = completion_work(service, parsed, origin.priority)
+    return CompletionReplies(parsed, work, service.tokenizer, f"cmpl-{origin.tag}", origin.created_s)
+
+
+def chat_replies(service: Service, body: Mapping[str, Any], origin: Origin) -> ChatReplies:
+    """As `completion_replies`."""
+    parsed = parse_request(ChatRequest, body)
+    check_model(service, parsed.model)
+    work = chat_work(service, parsed, origin.priority)
+    return ChatReplies(parsed, work, service.tokenizer, f"chatcmpl-{origin.tag}", origin.created_s)
+
+
+def check_model(service: Service, name: str) -> None:
+    """Raises GenerationError (404)."""
+    if name != service.name:
+        raise GenerationError(
+            f"the model {name!r} does not exist here; this server serves {service.name!r}",
+            status=404,
+            code="model_not_found",
+            param="model",
+        )
+
+
 def openai_app(service: Service) -> Starlette:
     """The application to mount at PREFIX."""
     endpoints = _Endpoints(service)
@@ -97,22 +134,16 @@ class _Endpoints:
         return JSONResponse({"object": "list", "data": [card.model_dump(exclude_unset=True)]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["model"])
+        check_model(self._service, request.path_params["model"])
         return Response(to_json(model_card(self._service.name, self._created_s)), media_type="application/json")
 
     async def completions(self, request: Request) -> Response:
-        parsed = parse_request(CompletionRequest, await self._body(request))
-        self._check_model(parsed.model)
-        work = completion_work(self._service, parsed)
-        replies = CompletionReplies(parsed, work, self._service.tokenizer, f"cmpl-{uuid.uuid4().hex}", _now_s())
-        return await self._answer(request, replies, "completions", parsed.stream, parsed.include_usage)
+        return await self._answer(
+            request, completion_replies(self._service, await self._body(request), _origin()), "completions"
+        )
 
     async def chat(self, request: Request) -> Response:
-        parsed = parse_request(ChatRequest, await self._body(request))
-        self._check_model(parsed.model)
-        work = chat_work(self._service, parsed)
-        replies = ChatReplies(parsed, work, self._service.tokenizer, f"chatcmpl-{uuid.uuid4().hex}", _now_s())
-        return await self._answer(request, replies, "chat", parsed.stream, parsed.include_usage)
+        return await self._answer(request, chat_replies(self._service, await self._body(request), _origin()), "chat")
 
     async def _body(self, request: Request) -> dict[str, Any]:
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
@@ -122,28 +153,17 @@ class _Endpoints:
             )
         return parse_json(await request.body())
 
-    def _check_model(self, name: str) -> None:
-        if name != self._service.name:
-            raise GenerationError(
-                f"the model {name!r} does not exist here; this server serves {self._service.name!r}",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
-
-    async def _answer(
-        self, request: Request, replies: Replies, endpoint: str, stream: bool, include_usage: bool
-    ) -> Response:
-        work = replies.work
+    async def _answer(self, request: Request, replies: Replies, endpoint: str) -> Response:
+        work, parsed = replies.work, replies.request
         request_id = request.headers.get(REQUEST_ID_HEADER) or replies.id
         headers = {SEED_HEADER: str(work.seed), REQUEST_ID_HEADER: request_id}
         pieces = self._pieces(work, endpoint, request_id)
-        if not stream:
+        if not parsed.stream:
             answers = await collect(pieces, len(work.choices))
             return Response(to_json(replies.whole(answers)), headers=headers, media_type="application/json")
         # errors before the first token still get their own status
         first = await anext(pieces)
-        return EventStream(_events(first, pieces, replies, include_usage), pieces, headers)
+        return EventStream(_events(first, pieces, replies, parsed.include_usage), pieces, headers)
 
     def _pieces(self, work: Work, endpoint: str, request_id: str) -> AsyncGenerator[Piece, None]:
         return self._service.generate(
@@ -151,8 +171,8 @@ class _Endpoints:
         )
 
 
-def _now_s() -> int:
-    return int(time.time())
+def _origin() -> Origin:
+    return Origin(uuid.uuid4().hex, int(time.time()))
 
 
 async def _events(

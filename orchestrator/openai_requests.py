@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from functions.contract.sampling import MAX_TOP_LOGPROBS, SEED_BOUND, SamplingParams
 from orchestrator.chat import ChatTemplateError
 from orchestrator.choices import Choice, Service
-from orchestrator.generation import GenerationError, GenerationRequest
+from orchestrator.generation import GenerationError, GenerationRequest, Priority
 from orchestrator.tokenizer import TokenizerError
 
 N_MAX = 16
@@ -212,7 +212,7 @@ def parse_request(kind: type[R], data: Mapping[str, Any]) -> R:
         _raise_first(error)
 
 
-def completion_work(service: Service, request: CompletionRequest) -> Work:
+def completion_work(service: Service, request: CompletionRequest, priority: Priority = "interactive") -> Work:
     """Raises GenerationError (400, and 503 while the model's limits are not known yet)."""
     service.check_ready()
     if request.best_of is not None and request.best_of != request.n:
@@ -220,10 +220,11 @@ def completion_work(service: Service, request: CompletionRequest) -> Work:
     if request.echo and request.logprobs is not None:
         raise invalid("echo cannot go with logprobs: prompts get no log-probabilities", "echo", "unsupported_parameter")
     prompts = tuple(_prompt(service, prompt) for prompt in request.prompt)
-    return _work(service, request, prompts, request.max_tokens, COMPLETION_TOKENS_DEFAULT, continues=True)
+    default = COMPLETION_TOKENS_DEFAULT
+    return _work(service, request, prompts, request.max_tokens, default, priority, continues=True)
 
 
-def chat_work(service: Service, request: ChatRequest) -> Work:
+def chat_work(service: Service, request: ChatRequest, priority: Priority = "interactive") -> Work:
     """Raises GenerationError (400, and 503 while the model's limits are not known yet)."""
     service.check_ready()
     if request.top_logprobs is not None and not request.logprobs:
@@ -239,8 +240,8 @@ def chat_work(service: Service, request: ChatRequest) -> Work:
         raise invalid(str(error), "messages") from None
     # the template writes the special tokens itself
     ids = _encode(service, text, "messages", add_special_tokens=False)
-    limit = request.max_completion_tokens or request.max_tokens
-    return _work(service, request, (Prompt(ids),), limit, CHAT_TOKENS_DEFAULT, continues=False, param="messages")
+    limit, default = request.max_completion_tokens or request.max_tokens, CHAT_TOKENS_DEFAULT
+    return _work(service, request, (Prompt(ids),), limit, default, priority, continues=False, param="messages")
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -257,6 +258,7 @@ def _work(
     prompts: tuple[Prompt, ...],
     limit: int | None,
     default: int,
+    priority: Priority,
     *,
     continues: bool,
     param: str = "prompt",
@@ -276,6 +278,7 @@ def _work(
                 most,
                 _params(service, request, choice_seed(seed, len(choices))),
                 frozenset() if request.ignore_eos else service.tokenizer.eos_ids,
+                priority,
             )
             choices.append(Choice(generation, request.stop, continues))
     return Work(prompts, tuple(choices), seed)

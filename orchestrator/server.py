@@ -1,7 +1,7 @@
 """The orchestrator's process: `python -m orchestrator.server`. Settings are ORCHESTRATOR_* variables or flags.
 
-Exit codes: 0 after SIGTERM or SIGINT, 1 when the stages could not be started, 2 for bad settings or a bad checkpoint,
-3 when a port is taken.
+Exit codes: 0 after SIGTERM or SIGINT, 1 when the stages could not be started, 2 for bad settings, a bad checkpoint or a
+file of events that cannot be used, 3 when a port is taken.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import uvloop
 from functions.contract.checkpoint import CheckpointError
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.logs import configure_logs
+from knative.eventing.store_errors import StoreError
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
 from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from orchestrator.chain import ChainSettings
+    from orchestrator.events_api import EventsDoor
 
 _log = structlog.get_logger("orchestrator")
 
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tokenizer,
             name=settings.model_name,
             requests_max=settings.requests_max,
+            batch_requests_max=settings.batch_workers,
             choices_max=settings.choices_max,
         )
         return serve(service, settings, start=chain.start, close=chain.close)
@@ -85,6 +88,7 @@ def serve(
     """Serves until SIGTERM or SIGINT; returns the exit code.
 
     `start` runs beside the server, which answers 503 until `service.generator.ready`; `close` runs at the end."""
+    events = _events_door(service, settings)
     try:
         check_ports(settings)
     except PortTaken as error:
@@ -100,8 +104,11 @@ def serve(
         from orchestrator.kserve_parts import FixedModels, StagedDataPlane
 
     kserve.model_server.GRPCServer = bound_to(settings.host, settings.body_bytes_max)
-    prepare_app(app, service, body_bytes_max=settings.body_bytes_max)
-    app.router.lifespan_context = _lifespan(start, close, outcome)
+    prepare_app(app, service, events, body_bytes_max=settings.body_bytes_max)
+    # the events' queue before the chain, whose start may take long; the other way round at the end
+    starts = [hook for hook in (events and events.start, start) if hook]
+    closes = [hook for hook in (events and events.close, close) if hook]
+    app.router.lifespan_context = _lifespan(starts, closes, outcome)
 
     class Server(kserve.ModelServer):  # type: ignore[misc]  # kserve has no types
         async def _serve(self) -> None:
@@ -127,13 +134,16 @@ def serve(
     asyncio.set_event_loop(asyncio.new_event_loop())
     # an empty list: KServe would refuse to serve a model that is not ready yet
     server.start([])
+    if isinstance(outcome.failure, StoreError):
+        print(outcome.failure, file=sys.stderr)
+        return 2
     if outcome.failure is not None:
         print(f"the stages could not be started: {outcome.failure}", file=sys.stderr)
         return 1
     return 0
 
 
-def prepare_app(app: FastAPI, service: Service, *, body_bytes_max: int) -> None:
+def prepare_app(app: FastAPI, service: Service, events: EventsDoor | None, *, body_bytes_max: int) -> None:
     """Adds our routes, errors and limits to KServe's application, which adds its own routes after them."""
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
@@ -160,6 +170,8 @@ def prepare_app(app: FastAPI, service: Service, *, body_bytes_max: int) -> None:
 
     app.mount(OPENAI_PREFIX, openai_app(service))
     app.router.routes.extend(generate_routes(service))
+    if events is not None:
+        app.router.routes.append(events.route)
     app.add_exception_handler(GenerationError, on_generation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
@@ -208,10 +220,26 @@ def _is_our_fault(record: logging.LogRecord) -> bool:
     return not isinstance(error, expected)
 
 
-def _lifespan(start: Hook | None, close: Hook | None, outcome: Outcome) -> Any:
+def _events_door(service: Service, settings: OrchestratorSettings) -> EventsDoor | None:
+    if settings.events == "off":
+        return None
+    from orchestrator.events_api import EventsDoor
+
+    file, sink = settings.events_file, settings.events_sink
+    if settings.events == "reply" or file is None or sink is None:  # none of them is None in mode `later`
+        return EventsDoor(service)
+    from orchestrator.batch_queue import BatchQueue
+
+    workers, requests_max = settings.batch_workers, settings.events_queue_max
+    return EventsDoor(
+        service, lambda runner: BatchQueue.open(file, sink, runner, workers=workers, requests_max=requests_max)
+    )
+
+
+def _lifespan(starts: Sequence[Hook], closes: Sequence[Hook], outcome: Outcome) -> Any:
     async def started() -> None:
         try:
-            if start is not None:
+            for start in starts:
                 await start()
         except Exception as error:
             # the process is of no use without its stages; SIGTERM is the ordinary way out
@@ -226,7 +254,7 @@ def _lifespan(start: Hook | None, close: Hook | None, outcome: Outcome) -> Any:
         finally:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
-            if close is not None:
+            for close in closes:
                 await close()
 
     return lifespan

@@ -49,6 +49,7 @@ with _blas_without_threads():
     import uvloop
 
     import orchestrator.chain
+    import orchestrator.events_api
     import orchestrator.generate_api
     import orchestrator.grpc_server
     import orchestrator.http_guard
@@ -61,7 +62,7 @@ with _blas_without_threads():
 PRELOADED = (
     aiohttp, fastapi.exceptions, grpc.aio, httptools, kserve.model_server, numpy, pydantic.v1, tokenizers, uvloop,
     uvicorn.lifespan.on, uvicorn.protocols.http.auto, uvicorn.protocols.http.httptools_impl,
-    uvicorn.protocols.websockets.auto, orchestrator.chain, orchestrator.generate_api, orchestrator.grpc_server,
-    orchestrator.http_guard, orchestrator.kserve_model, orchestrator.kserve_parts, orchestrator.openai_api,
-    orchestrator.openai_replies,
+    uvicorn.protocols.websockets.auto, orchestrator.chain, orchestrator.events_api, orchestrator.generate_api,
+    orchestrator.grpc_server, orchestrator.http_guard, orchestrator.kserve_model, orchestrator.kserve_parts,
+    orchestrator.openai_api, orchestrator.openai_replies,
 )  # fmt: skip

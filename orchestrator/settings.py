@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -33,6 +34,21 @@ class OrchestratorSettings(BaseSettings):
     grpc_port: int = Field(8081, ge=0, le=65535, description="port of KServe's gRPC service, 0 for none")
     body_bytes_max: int = Field(8 << 20, gt=0, description="longest request body")
     requests_max: int = Field(256, gt=0, description="requests in work or waiting at once; more get 429")
+    events: Literal["reply", "later", "off"] = Field(
+        "reply", description="requests of batches as events: answered with their result, acknowledged first, or refused"
+    )
+    events_file: Path | None = Field(None, description="file that keeps requests and results of mode later")
+    events_sink: str | None = Field(None, pattern="^https?://", description="URL that results go to in mode later")
+    events_queue_max: int = Field(1024, gt=0, description="requests and results in that file; more get 429")
+    batch_requests_max: int = Field(
+        0, ge=0, description="requests of batches in work at once; 0: sequences of a full chain, and a lane more"
+    )
+    batch_share: float = Field(
+        0.75, gt=0, le=1, description="share of KV memory that batches may fill up beside interactive requests"
+    )
+    batch_alone_after_s: float = Field(
+        5, ge=0, description="seconds without interactive requests after which batches may use all"
+    )
     choices_max: int = Field(128, gt=0, description="sequences that one request may ask for (prompts x n)")
     grace_s: int = Field(25, ge=0, description="seconds that running requests get after SIGTERM")
     lane_width: int = Field(64, gt=0, description="sequences in a lane")
@@ -49,6 +65,10 @@ class OrchestratorSettings(BaseSettings):
     idle_before_wake_s: float = Field(2, ge=0, description="idle seconds after which all stages are woken at once")
     log_json: bool | None = Field(None, description="logs as JSON; by default wherever stderr is no terminal")
 
+    @property
+    def batch_workers(self) -> int:
+        return self.batch_requests_max or self.lane_width * (len(self.stage_urls) + 1)
+
     @field_validator("stage_urls", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -61,15 +81,26 @@ class OrchestratorSettings(BaseSettings):
 def load_settings(environment: Mapping[str, str], **given: Any) -> OrchestratorSettings:
     """`given` (flags) goes before the environment. Raises SettingsError.
 
-    PORT, by which Knative tells a container where to listen, is the HTTP port where no other was named."""
+    PORT, by which Knative tells a container where to listen, is the HTTP port where no other was named, and K_SINK, by
+    which it tells where events go, the sink."""
     _check_names(environment)
-    if "http_port" not in given and f"{PREFIX}HTTP_PORT" not in environment and environment.get("PORT"):
-        given["http_port"] = environment["PORT"]
+    for name, of_platform in (("http_port", "PORT"), ("events_sink", "K_SINK")):
+        if name not in given and PREFIX + name.upper() not in environment and environment.get(of_platform):
+            given[name] = environment[of_platform]
     try:
-        return OrchestratorSettings(**given)
+        settings = OrchestratorSettings(**given)
     except ValidationError as error:
         lines = [f"  {PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors() if e["loc"]]
         raise SettingsError("the settings cannot be used:\n" + "\n".join(lines)) from None
+    _check_later(settings)
+    return settings
+
+
+def _check_later(settings: OrchestratorSettings) -> None:
+    needed = {"EVENTS_FILE": settings.events_file, "EVENTS_SINK (or K_SINK)": settings.events_sink}
+    missing = [f"{PREFIX}{name}" for name, value in needed.items() if value is None]
+    if settings.events == "later" and missing:
+        raise SettingsError(f"{PREFIX}EVENTS=later needs {' and '.join(missing)}")
 
 
 def _check_names(environment: Mapping[str, str]) -> None:

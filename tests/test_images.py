@@ -29,11 +29,20 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCKERFILES = {"stage": ROOT / "functions" / "Dockerfile", "orchestrator": ROOT / "orchestrator" / "Dockerfile"}
-ENTRY_POINTS = {"stage": ("functions.__main__", "functions.main"), "orchestrator": ("orchestrator.server",)}
+ORCHESTRATOR = ROOT / "orchestrator" / "Dockerfile"
+# the last build stage of a Dockerfile is what it builds by itself; the others are named by --target
+DOCKERFILES = {"stage": ROOT / "functions" / "Dockerfile", "orchestrator": ORCHESTRATOR, "results": ORCHESTRATOR}
+ENTRY_POINTS = {
+    "stage": ("functions.__main__", "functions.main"),
+    "orchestrator": ("orchestrator.server",),
+    "results": ("orchestrator.batches.server",),
+}
+REQUIREMENTS = {"results": "orchestrator"}  # the same environment
 FOREIGN = {
     "stage": {"kserve", "fastapi", "pandas", "kubernetes", "pytest", "mypy"},
-    "orchestrator": {"torch", "transformers", "accelerate", "functions-framework", "pytest", "mypy"},
+    **dict.fromkeys(
+        ("orchestrator", "results"), {"torch", "transformers", "accelerate", "functions-framework", "pytest", "mypy"}
+    ),
 }
 VENV = "/opt/venv"
 
@@ -65,7 +74,17 @@ class Image:
     def __init__(self, name: str) -> None:
         self.name = name
         self.instructions = read_dockerfile(DOCKERFILES[name])
-        self.last = self.instructions[-1].stage
+        froms = [rest.split(" AS ") for rest in self.all("FROM")]
+        names = {alias[0]: stage for stage, (_, *alias) in enumerate(froms) if alias}
+        stage = names["results"] if name == "results" else len(froms) - 1
+        self.final = [stage]  # the stage that is built, and those that it starts from
+        while froms[stage][0] in names:
+            stage = names[froms[stage][0]]
+            self.final.append(stage)
+
+    def at_the_end(self, keyword: str) -> list[str]:
+        """What follows `keyword` in the stages that make up the image."""
+        return [rest for stage in reversed(self.final) for rest in self.all(keyword, stage=stage)]
 
     def all(self, keyword: str, *, stage: int | None = None) -> list[str]:
         """What follows `keyword`, in order, in all stages or in one."""
@@ -82,11 +101,11 @@ class Image:
 
     @property
     def environment(self) -> dict[str, str]:
-        return dict(pair.split("=", 1) for rest in self.all("ENV", stage=self.last) for pair in shlex.split(rest))
+        return dict(pair.split("=", 1) for rest in self.at_the_end("ENV") for pair in shlex.split(rest))
 
     @property
     def entrypoint(self) -> list[str]:
-        return [str(word) for word in ast.literal_eval(self.all("ENTRYPOINT", stage=self.last)[0])]
+        return [str(word) for word in ast.literal_eval(self.at_the_end("ENTRYPOINT")[-1])]
 
 
 @pytest.fixture(params=list(DOCKERFILES))
@@ -100,17 +119,17 @@ def image(request: pytest.FixtureRequest) -> Image:
 def test_the_base_is_pinned_and_every_stage_starts_from_it(image: Image) -> None:
     base = next(rest for rest in image.all("ARG", stage=-1) if rest.startswith("BASE="))
     assert re.fullmatch(r"BASE=python:3\.11[\w.-]*", base)
-    assert {rest.split(" AS ")[0] for rest in image.all("FROM")} == {"${BASE}"}
+    assert {rest.split(" AS ")[0] for rest in image.all("FROM")} - {"runtime"} == {"${BASE}"}
     assert "latest" not in DOCKERFILES[image.name].read_text()
 
 
 def test_the_user_is_a_number_and_not_root(image: Image) -> None:
-    (user,) = image.all("USER", stage=image.last)
+    (user,) = image.at_the_end("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
 
 
 def test_nothing_is_installed_or_downloaded_in_the_final_stage(image: Image) -> None:
-    assert image.all("RUN", stage=image.last) == []
+    assert image.at_the_end("RUN") == []
     assert image.all("ADD") == []
     assert not re.search(r"apt-get|\bcurl\b|\bwget\b|\bgcc\b", DOCKERFILES[image.name].read_text())
 
@@ -216,7 +235,7 @@ def test_everything_that_is_copied_is_sent_to_the_builder(image: Image) -> None:
 
 def requirements(name: str) -> list[str]:
     """As the first stage of the Dockerfile computes them, by the same program."""
-    argv = [sys.executable, str(ROOT / "tools" / "image_requirements.py"), name]
+    argv = [sys.executable, str(ROOT / "tools" / "image_requirements.py"), REQUIREMENTS.get(name, name)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -306,7 +325,7 @@ def test_all_that_an_entry_point_may_import_is_in_the_image(image: Image) -> Non
 def test_the_project_lists_what_each_image_installs_once_and_in_order() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     images = project["tool"]["stagecraft"]["images"]
-    assert set(images) == set(DOCKERFILES)
+    assert set(images) == set(DOCKERFILES) - set(REQUIREMENTS)
     assert all(names == sorted(set(names)) for names in images.values())
 
 
@@ -415,7 +434,7 @@ def test_the_images_serve_the_demonstration_from_nothing_but_what_they_contain(t
     assert list(tmp_path.glob("*/app/**/__pycache__")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.install
 def test_the_install_steps_work_in_a_fresh_environment(image: Image, tmp_path: Path) -> None:
     """Every RUN of the Dockerfile, in order, with its folders below a temporary one."""
     (tmp_path / "build").mkdir()
@@ -441,7 +460,8 @@ def test_the_install_steps_work_in_a_fresh_environment(image: Image, tmp_path: P
     names = {canonicalize_name(line.partition("==")[0]) for line in listed.stdout.splitlines()}
     assert names & FOREIGN[image.name] == set()
     subprocess.run([python, "-m", "pip", "check"], check=True)
-    module = {"stage": "functions.handler", "orchestrator": "orchestrator.serving_imports"}[image.name]
+    modules = {"stage": "functions.handler", "orchestrator": "orchestrator.serving_imports"}
+    module = modules.get(image.name, "orchestrator.batches.server")
     code = f"import {module}, s3fs, gcsfs"
     subprocess.run([python, "-c", code], cwd=tmp_path / "app", env={"PATH": "/usr/bin:/bin"}, check=True)
 

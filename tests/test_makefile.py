@@ -102,8 +102,10 @@ def test_images_are_built_and_named(
     assert done.returncode == 0, done.stderr
     version = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
     variant = "cuda" if "VARIANT=cuda" in variables else "cpu"
+    results = orchestrator.replace("orchestrator", "results").format(version=version)
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"docker build -f functions/Dockerfile --build-arg VARIANT={variant} -t {stage.format(version=version)} .",
+        f"docker build -f orchestrator/Dockerfile --target results -t {results} .",
         f"docker build -f orchestrator/Dockerfile -t {orchestrator.format(version=version)} .",
     ]
 

@@ -8,6 +8,7 @@
     ├── PromptTooLong      422  a position past what the model can address
     ├── KvExhausted        429  the KV budget is used up now; later it may not be
     ├── StageFailure       500  a fault in the stage itself
+    ├── ClaimsUnavailable  503  data that an event only refers to cannot be read or written now
     └── NotReady           503  still loading, or shutting down
 
 An unknown sequence is a `WrongPosition` whose position is 0: the remedy, replay from there, is the same.
@@ -78,6 +79,12 @@ class StageFailure(StageError):
     status = 500
 
 
+class ClaimsUnavailable(StageError):
+    code = "claims_unavailable"
+    status = 503
+    retriable = True
+
+
 class NotReady(StageError):
     code = "not_ready"
     status = 503
@@ -94,6 +101,7 @@ _BY_CODE: dict[str, type[StageError]] = {
         PromptTooLong,
         KvExhausted,
         StageFailure,
+        ClaimsUnavailable,
         NotReady,
     )
 }

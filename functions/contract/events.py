@@ -6,8 +6,10 @@ Spec: CloudEvents 1.0.2, HTTP protocol binding 1.0.2 section 3.1.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
 
 from cloudevents.conversion import to_binary
 from cloudevents.exceptions import GenericException
@@ -25,6 +27,9 @@ REQUEST_TYPES = (WAKE, STEP, RELEASE)
 
 JSON = "application/json"
 TENSORS = "application/vnd.stagecraft.tensors+safetensors"
+
+# HTTP binding, section 3.1.3.2: space, double quote, percent, and all that is not printable ASCII
+_TO_ENCODE = re.compile(r"[^\x21\x23\x24\x26-\x7e]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ def to_http(event: Event) -> tuple[dict[str, str], Buffer]:
     }
     attributes["time"] = None  # type: ignore[assignment]  # the SDK adds a time of its own unless told not to
     headers, _ = to_binary(CloudEvent(attributes, b""), data_marshaller=lambda data: data)
-    return {name: value for name, value in headers.items() if name != "ce-time"}, event.data
+    return {name: _encoded(name, value) for name, value in headers.items() if name != "ce-time"}, event.data
 
 
 def from_http_request(headers: Mapping[str, str], body: Buffer) -> Event:
@@ -71,9 +76,23 @@ def from_http_request(headers: Mapping[str, str], body: Buffer) -> Event:
     standard = {"specversion", "id", "source", "type", "time", "datacontenttype", "subject", "dataschema"}
     return Event(
         attributes["type"],
-        attributes["source"],
-        attributes["id"],
+        _decoded("source", attributes["source"]),
+        _decoded("id", attributes["id"]),
         headers.get("content-type", ""),
         body,
-        {name: str(value) for name, value in attributes.items() if name not in standard},
+        {name: _decoded(name, str(value)) for name, value in attributes.items() if name not in standard},
     )
+
+
+def _encoded(header: str, value: str) -> str:
+    """The SDK leaves percent-encoding of attributes to its users."""
+    if not header.startswith("ce-"):
+        return value
+    return _TO_ENCODE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), value)
+
+
+def _decoded(name: str, value: str) -> str:
+    try:
+        return unquote_to_bytes(value).decode() if "%" in value else value
+    except UnicodeDecodeError:
+        raise InvalidEvent(f"the attribute {name} is not percent-encoded UTF-8: {value[:80]!r}") from None

@@ -115,7 +115,7 @@ class Step:
     @classmethod
     def from_body(cls, body: Buffer) -> Step:
         """Views into `body`. Raises InvalidEvent."""
-        frames = _unpack(body, required={"slices": "I64", "tokens": "I32"}, optional={"hidden"})
+        frames = read_frames(body, required={"slices": "I64", "tokens": "I32"}, optional={"hidden"})
         rows = frames.arrays["slices"].numpy()
         if rows.ndim != 2 or rows.shape[1] != 4:
             raise InvalidEvent(f"slices must be int64 [n, 4], got {list(rows.shape)}")
@@ -161,7 +161,7 @@ class Samples:
     def from_body(cls, body: Buffer) -> Samples:
         """Raises InvalidEvent."""
         kinds = {"samples": "I64", "logprobs": "F32", "top_tokens": "I32", "top_logprobs": "F32"}
-        frames = _unpack(body, required=kinds, optional=set())
+        frames = read_frames(body, required=kinds, optional=set())
         rows = frames.arrays["samples"].numpy()
         logprobs, tokens, values = (
             frames.arrays[name].numpy().tolist() for name in ("logprobs", "top_tokens", "top_logprobs")
@@ -223,7 +223,8 @@ def decode_release(body: Buffer) -> tuple[int, ...]:
     return tuple(sequences)
 
 
-def _unpack(body: Buffer, required: Mapping[str, str], optional: set[str]) -> Frames:
+def read_frames(body: Buffer, required: Mapping[str, str], optional: set[str]) -> Frames:
+    """Named arrays with just these names; `required` says the dtype of each. Raises InvalidEvent."""
     try:
         frames = unpack(body)
     except ValueError as error:

@@ -3,6 +3,7 @@
     Host: NAME.NAMESPACE[.localhost | .svc | .svc.cluster.local]     also TAG-NAME.NAMESPACE...
     GET http://NAME.NAMESPACE.svc.cluster.local/path HTTP/1.1        the same, from a client with this as its proxy
     /NAMESPACE/NAME/path                                             without names; the prefix is taken off
+    /NAMESPACE/BROKER                                                where no service is called so
     GET http://other.host/path HTTP/1.1                              passed on, for processes of this machine only
     anything else                                                    the default service, if there is one
 
@@ -53,6 +54,7 @@ class Route:
 class _Routes:
     by_host: Mapping[str, Route] = field(default_factory=dict)
     default: Route | None = None
+    by_path: Mapping[str, Route] = field(default_factory=dict)
 
 
 class Ingress:
@@ -78,9 +80,12 @@ class Ingress:
         """Stops listening and cancels what still runs."""
         await self._listener.close()
 
-    def set_routes(self, routes: Mapping[str, Route], default: Route | None = None) -> None:
-        """Replaces all routes. Keys are NAME.NAMESPACE, TAG-NAME.NAMESPACE, or any other host name as an alias."""
-        self._routes = _Routes({host.lower(): route for host, route in routes.items()}, default)
+    def set_routes(
+        self, routes: Mapping[str, Route], default: Route | None = None, by_path: Mapping[str, Route] | None = None
+    ) -> None:
+        """Replaces all routes. Keys are NAME.NAMESPACE, TAG-NAME.NAMESPACE, or any other host name as an alias; those
+        of `by_path` are whole paths, which stay as they are and come after the services."""
+        self._routes = _Routes({host.lower(): route for host, route in routes.items()}, default, by_path or {})
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         route = self._route(request)
@@ -141,7 +146,7 @@ class Ingress:
         route = self._tagged(f"{parts[2]}.{parts[1]}", request)
         if route is not None:
             request[TARGET] = "/" + (parts[3] if len(parts) == 4 else "") + mark + query
-        return route
+        return route or self._routes.by_path.get(path.removesuffix("/"))
 
     def _unknown(self, request: web.BaseRequest) -> str:
         hosts = sorted(self._routes.by_host)

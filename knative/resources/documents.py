@@ -7,7 +7,7 @@ parsed = parse(documents, autoscaler=AutoscalerConfig(), defaults=DefaultsConfig
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -17,11 +17,12 @@ from knative.autoscaler.config import AUTOSCALER_KEYS, AutoscalerConfig
 from knative.errors import ValidationError
 from knative.resources import schema
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
+from knative.resources.eventing import EVENTING_API_VERSION, read_broker, read_trigger
 from knative.resources.field_errors import FieldError, Problems
 from knative.resources.inference_service import INFERENCE_API_VERSION, read_inference_service
 from knative.resources.kinds import reason_to_skip, unknown_kind
 from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
-from knative.resources.objects import ConfigMap, InferenceService, Resource, ServingRuntime
+from knative.resources.objects import Broker, ConfigMap, InferenceService, Resource, ServingRuntime, Trigger
 from knative.resources.service import API_VERSION, ONLY_KPA, Settings, read_service
 from knative.resources.serving_runtime import RUNTIME_API_VERSION, check_priorities, read_runtime
 from knative.resources.trees import Tree, child, text, text_map
@@ -171,6 +172,7 @@ def _unfolded(found: Text, source: str) -> Iterator[Document]:
 _SETTINGS_KINDS = frozenset({("v1", "ConfigMap")})
 _RUNTIME_KINDS = frozenset({(RUNTIME_API_VERSION, kind) for kind in ("ServingRuntime", "ClusterServingRuntime")})
 
+EventObject = tuple[Broker | Trigger | None, Problems]
 _Object = tuple[Document, str, str]
 """A document, its apiVersion and its kind."""
 
@@ -233,6 +235,10 @@ class Parser:
             self._inference_service(document)
         elif (api_version, kind) == (API_VERSION, "Service"):
             self._service(document)
+        elif (api_version, kind) == (EVENTING_API_VERSION, "Broker"):
+            self._event_object(document, read_broker)
+        elif (api_version, kind) == (EVENTING_API_VERSION, "Trigger"):
+            self._event_object(document, read_trigger)
         else:
             self._other(document, api_version, kind)
 
@@ -254,6 +260,12 @@ class Parser:
         self._note(document, problems)
         if service is not None and self._first(document, "Service", service.namespace, service.name):
             self._resources.append(service)
+
+    def _event_object(self, document: Document, read: Callable[[Mapping[str, object]], EventObject]) -> None:
+        found, problems = read(document.value)
+        self._note(document, problems)
+        if found is not None and self._first(document, type(found).__name__, found.namespace, found.name):
+            self._resources.append(found)
 
     def _inference_service(self, document: Document) -> None:
         runtimes = tuple(self._runtimes.values())

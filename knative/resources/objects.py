@@ -1,6 +1,7 @@
 """The objects this platform runs, after defaulting and validation: what the rest of `knative/` works with.
 
-Names and meanings are those of serving.knative.dev/v1, serving.kserve.io and core/v1; durations are seconds.
+Names and meanings are those of serving.knative.dev/v1, eventing.knative.dev/v1, serving.kserve.io and core/v1;
+durations are seconds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from knative.eventing.delivery import DeliverySpec
+from knative.eventing.destination import Destination
+from knative.eventing.filters import Filter
 
 ProbeKind = Literal["http", "tcp", "exec"]
 
@@ -113,4 +118,28 @@ class InferenceService:
     manifest: Mapping[str, object] = field(default_factory=dict)
 
 
-Resource = Service | ConfigMap | ServingRuntime | InferenceService
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """eventing.knative.dev/v1 Broker. `delivery` None: Knative's default."""
+
+    namespace: str
+    name: str
+    delivery: DeliverySpec | None = None
+    manifest: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """eventing.knative.dev/v1 Trigger. `subscriber` names its namespace; `delivery` None: as the Broker has it."""
+
+    namespace: str
+    name: str
+    broker: str
+    subscriber: Destination
+    max_in_flight: int  # deliveries at once; annotation stagecraft.dev/max-in-flight
+    filter: Filter = field(default_factory=Filter, compare=False)  # made from the manifest, which is compared
+    delivery: DeliverySpec | None = None
+    manifest: Mapping[str, object] = field(default_factory=dict)
+
+
+Resource = Service | ConfigMap | ServingRuntime | InferenceService | Broker | Trigger

@@ -261,6 +261,29 @@ CONFIG_MAP = record(
     }
 )
 
+# parts that eventing reads and checks itself are open (knative/eventing/{delivery,destination,filters}.py)
+BROKER = record(
+    {
+        "apiVersion": STRING,
+        "kind": STRING,
+        "metadata": METADATA,
+        "spec": record({"config": OPEN_OBJECT, "delivery": OPEN}),
+        "status": OPEN,
+    }
+)
+TRIGGER = record(
+    {
+        "apiVersion": STRING,
+        "kind": STRING,
+        "metadata": METADATA,
+        "spec": record(
+            {"broker": STRING, "delivery": OPEN, "filter": OPEN, "filters": OPEN, "subscriber": OPEN},
+            refused="brokerRef",
+        ),
+        "status": OPEN,
+    }
+)
+
 # field of the pod spec -> flag of config-features that lets it pass (pkg/apis/serving/fieldmask.go PodSpecMask)
 POD_FLAGS: Mapping[str, str] = {
     name: f"kubernetes.podspec-{name.lower()}"
@@ -356,6 +379,7 @@ class _Sieve:
 _ADVICE = {
     "terminationGracePeriodSeconds": "Knative takes timeoutSeconds as the grace period",
     "hostPort": "every replica gets a port of its own",
+    "brokerRef": "on a cluster this needs cross-namespace-event-links in config-features",
 }
 
 

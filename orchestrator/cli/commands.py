@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli.batch import app as batch
 from orchestrator.cli.deploy import deploy, undeploy
 from orchestrator.cli.generate import generate
 from orchestrator.cli.local import app as local
@@ -35,6 +36,7 @@ app.command()(deploy)
 app.command()(undeploy)
 app.command()(status)
 app.command()(top)
+app.add_typer(batch)
 app.add_typer(local)
 
 

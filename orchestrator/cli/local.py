@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from orchestrator.cli.console import fail, note, write_text
+from orchestrator.cli.data_folder import DataDirOption, data_folder
 from orchestrator.cli.log_folder import log_folder
 from orchestrator.cli.options import duration_s
 from orchestrator.cli.platform_client import (
@@ -61,7 +62,8 @@ NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", help="Namespa
 KindArgument = Annotated[
     str,
     typer.Argument(
-        help="service (ksvc), inferenceservice (isvc), revision (rev), pod (po), configmap (cm) or servingruntime.",
+        help="service (ksvc), inferenceservice (isvc), revision (rev), pod (po), configmap (cm), servingruntime, "
+        "broker or trigger.",
         autocompletion=complete_kind,
     ),
 ]
@@ -89,6 +91,7 @@ def start(
     log_dir: Annotated[
         Path | None, typer.Option(help="Keep the logs here; by default in a temporary folder.", show_default=False)
     ] = None,
+    data_dir: DataDirOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when ready, for programs.")] = False,
 ) -> None:
     """Run a platform on this machine, until Ctrl-C.
@@ -122,6 +125,7 @@ def start(
             images=table,
             fork=fork,
             drain_quiet_s=quiet_s,
+            data_folder=data_folder(data_dir, name),
         )
         raise typer.Exit(_run(settings, documents, as_json))
 
@@ -393,6 +397,7 @@ def _facts(entry: Entry, platform: Platform) -> dict[str, object]:
         "pid": entry.pid,
         "control": str(entry.socket),
         "log_dir": str(entry.folder),
+        "data_dir": str(platform.data_folder),
         "started_at": entry.started_at,
     }
 

@@ -18,6 +18,8 @@ KINDS = {
     ("serving.kserve.io", "InferenceService"): "inferenceservice",
     ("serving.kserve.io", "ServingRuntime"): "servingruntime",
     ("serving.kserve.io", "ClusterServingRuntime"): "clusterservingruntime",
+    ("eventing.knative.dev", "Broker"): "broker",
+    ("eventing.knative.dev", "Trigger"): "trigger",
     ("", "ConfigMap"): "configmap",
 }
 

@@ -125,6 +125,10 @@ def _latest_ready(item: Manifest) -> object:
     return item.get("status", {}).get("components", {}).get("predictor", {}).get("latestReadyRevision", "")
 
 
+def _address(item: Manifest) -> object:
+    return item.get("status", {}).get("address", {}).get("url", "")
+
+
 def _spec(item: Manifest, field: str) -> Any:
     return item.get("spec", {}).get(field)
 
@@ -177,5 +181,15 @@ _COLUMNS: dict[str, list[Column]] = {
     ],
     "servingruntime": _RUNTIME,
     "clusterservingruntime": _RUNTIME,
+    "broker": [_NAME, ("URL", _address), _AGE, ("READY", _ready), ("REASON", _reason)],
+    "trigger": [
+        _NAME,
+        ("BROKER", lambda item: _spec(item, "broker")),
+        ("SUBSCRIBER_URI", _status("subscriberUri")),
+        ("WAITING", lambda item: item.get("status", {}).get("deliveries", {}).get("waiting", "")),
+        _AGE,
+        ("READY", _ready),
+        ("REASON", _reason),
+    ],
     "configmap": [_NAME, ("DATA", lambda item: len(item.get("data") or {})), _AGE],
 }

@@ -26,6 +26,8 @@ KINDS = {
         ("clusterservingruntime", "clusterservingruntimes", "clusterservingruntimes.serving.kserve.io"),
         "clusterservingruntime",
     ),
+    **dict.fromkeys(("broker", "brokers", "brokers.eventing.knative.dev"), "broker"),
+    **dict.fromkeys(("trigger", "triggers", "triggers.eventing.knative.dev"), "trigger"),
 }
 FULL_KINDS = {
     "service": "service.serving.knative.dev",
@@ -33,6 +35,8 @@ FULL_KINDS = {
     "inferenceservice": "inferenceservice.serving.kserve.io",
     "servingruntime": "servingruntime.serving.kserve.io",
     "clusterservingruntime": "clusterservingruntime.serving.kserve.io",
+    "broker": "broker.eventing.knative.dev",
+    "trigger": "trigger.eventing.knative.dev",
 }
 
 
@@ -89,7 +93,7 @@ def kind_named(text: str) -> str:
     if kind is None:
         fail(
             f"there is no kind {text!r}; there are services (ksvc), revisions (rev), pods (po), configmaps (cm), "
-            "inferenceservices (isvc), servingruntimes, clusterservingruntimes",
+            "inferenceservices (isvc), servingruntimes, clusterservingruntimes, brokers, triggers",
             2,
         )
     return kind

@@ -14,7 +14,7 @@ from orchestrator.cli.console import fail, note
 from orchestrator.cli.options import duration_s
 
 if TYPE_CHECKING:
-    from orchestrator.render.deployment import Deployment, Gpu, Scheduling, Toleration
+    from orchestrator.render.deployment import Deployment, Gpu, Scheduling, Scoring, Toleration
     from orchestrator.render.settings import ClusterSetting
     from orchestrator.targets import Workload
 
@@ -22,7 +22,8 @@ Runtime = Literal["knative", "kserve"]
 NAMED = "stagecraft/stage"
 SIDE_LOADED = "kind.local"  # a registry that Knative does not ask for digests
 
-_WHAT, _SCALE, _POD, _AROUND = "What and where", "Scaling", "Pods", "Around the services"
+_WHAT, _SCALE, _POD = "What and where", "Scaling", "Pods"
+_BATCH, _SCORING, _AROUND = "Batch jobs", "Scoring", "Around the services"
 
 
 def render(
@@ -172,6 +173,41 @@ def render(
     monitoring_namespace: Annotated[str, typer.Option(help="Of Prometheus.", rich_help_panel=_AROUND)] = "monitoring",
     pod_monitor: Annotated[bool, typer.Option(help="For the Prometheus operator.", rich_help_panel=_AROUND)] = True,
     event_types: Annotated[bool, typer.Option(help="For Knative Eventing.", rich_help_panel=_AROUND)] = True,
+    batch: Annotated[
+        bool,
+        typer.Option(
+            "--batch", help="Batch jobs by events: Broker, Triggers, results service.", rich_help_panel=_BATCH
+        ),
+    ] = False,
+    broker: Annotated[str, typer.Option(help="Name of the Broker.", rich_help_panel=_BATCH)] = "default",
+    results_claim: Annotated[
+        str,
+        typer.Option(help="Volume claim that keeps results; without it they end with the pod.", rich_help_panel=_BATCH),
+    ] = "",
+    batch_in_flight: Annotated[
+        int, typer.Option(help="Requests of batches in the orchestrator at once.", rich_help_panel=_BATCH)
+    ] = 64,
+    scoring: Annotated[
+        Literal["triggers", "sequence"] | None,
+        typer.Option(
+            help="Stages chained by the Broker (--broker) for `stagecraft score`: a Trigger each, or a Sequence.",
+            rich_help_panel=_SCORING,
+            show_default=False,
+        ),
+    ] = None,
+    claims: Annotated[
+        str,
+        typer.Option(
+            help="Where stages leave data too large for events, such as s3://BUCKET/PATH.", rich_help_panel=_SCORING
+        ),
+    ] = "",
+    dead_letters: Annotated[
+        str,
+        typer.Option(
+            help="URL for scoring events that no stage took; with --batch the results service.",
+            rich_help_panel=_SCORING,
+        ),
+    ] = "",
     deployer: Annotated[
         str,
         typer.Option(
@@ -198,10 +234,13 @@ def render(
     stagecraft render plan.yaml -o deploy/ --stages-as kserve --weights pvc://models/llama-2-13b
 
     stagecraft render plan.yaml -o deploy/ --orchestrator-as knative --format kn
+
+    stagecraft render plan.yaml -o deploy/ --batch --scoring triggers --claims s3://scratch/claims
     """
     from orchestrator.plan import load_plan
     from orchestrator.render.check import check
     from orchestrator.render.deployment import (
+        Batch,
         Deployment,
         Images,
         Resources,
@@ -253,6 +292,8 @@ def render(
                 event_types,
                 deployer,
             ),
+            batch=Batch(broker, results_claim, max_in_flight=batch_in_flight) if batch else None,
+            scoring=_scoring(scoring, broker, claims, dead_letters),
             env=_pairs("--env", env),
             lane_width=lane_width,
             timeout_s=_whole_s("--timeout", timeout),
@@ -289,6 +330,16 @@ def _gpu(resource: str, memory: str, shared_by: int) -> Gpu | None:
             fail("--gpu-memory and --gpu-shared-by go with --gpu-resource, such as nvidia.com/gpu", 2)
         return None
     return Gpu(resource, shared_by, _size("--gpu-memory", memory))
+
+
+def _scoring(
+    form: Literal["triggers", "sequence"] | None, broker: str, claims: str, dead_letters: str
+) -> Scoring | None:
+    from orchestrator.render.deployment import Scoring
+
+    if form is None and (claims or dead_letters):
+        fail("--claims and --dead-letters go with --scoring triggers or --scoring sequence", 2)
+    return None if form is None else Scoring(form, broker, claims, dead_letters)
 
 
 def _workload(lane_width: int, sequence_tokens: int, stretch: float) -> Workload:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.cli.objects_view import duration
+from orchestrator.cli.triggers_view import triggers_view
 
 WIDTH_WITHOUT_TERMINAL = 160  # characters
 NAME_WIDTH_MIN = 8
@@ -68,10 +69,11 @@ class _Column:
 
 def status_view(status: Status, histories: Series | None = None) -> RenderableType:
     """The table with what is wrong below it; with `histories` each revision has two graphs."""
-    revisions = status["revisions"]
-    if not revisions:
+    revisions, triggers = status["revisions"], status.get("triggers", ())
+    if not revisions and not triggers:
         return Group(_title(status), Text("no services yet; apply one with `stagecraft local apply -f FILE`", "dim"))
-    return Group(_title(status), _Revisions(revisions, histories), *_messages(revisions))
+    shown: list[RenderableType] = [_Revisions(revisions, histories), *_messages(revisions)] if revisions else []
+    return Group(_title(status), *shown, *triggers_view(triggers))
 
 
 def revision_key(revision: Status) -> str:

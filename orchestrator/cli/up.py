@@ -20,6 +20,7 @@ from urllib.parse import quote
 import typer
 
 from orchestrator.cli.console import fail, note
+from orchestrator.cli.data_folder import DataDirOption, data_folder
 from orchestrator.cli.log_folder import log_folder
 from orchestrator.cli.options import duration_s
 from orchestrator.cli.running_platform import problems_of, stop_told, tell_problems
@@ -114,6 +115,11 @@ def up(
     log_dir: Annotated[
         Path | None, typer.Option(help="Keep the logs here; by default in a temporary folder.", show_default=False)
     ] = None,
+    data_dir: DataDirOption = None,
+    batch: Annotated[
+        bool,
+        typer.Option("--batch", help="Take batch jobs: a broker for events, and a service that keeps results."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when it listens, for programs.")] = False,
 ) -> None:
     """Serve a model in stages on this machine, until Ctrl-C.
@@ -132,6 +138,8 @@ def up(
     stagecraft up --plan plan.yaml --target 2 --max-scale 4
 
     stagecraft up demo --stages 2 --prompt "ROMEO:" --exit
+
+    stagecraft up demo --stages 2 --batch
     """
     from orchestrator.render.deployment import Deployment, DeploymentError, Scaling, WeightSource
 
@@ -158,8 +166,23 @@ def up(
     except DeploymentError as error:
         fail(str(error), 2)
     with log_folder(log_dir) as folder:
-        settings = _platform_settings(deployment, folder, host, (port, grpc_port, metrics_port), fork)
+        settings = _platform_settings(deployment, folder, host, (port, grpc_port, metrics_port), fork, data_dir)
+        if batch:
+            deployment = _with_batch(deployment, settings)
         raise typer.Exit(_run(_until_signal(deployment, settings, prompt, leave, as_json), folder))
+
+
+def _with_batch(deployment: Deployment, settings: PlatformSettings) -> Deployment:
+    """Results lie beside the broker's events. Ends the command if they cannot."""
+    from orchestrator.render.deployment import Batch
+
+    data = settings.data_folder
+    assert data is not None  # `up` names one
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot use {data}: {error.strerror or error}; name another folder with --data-dir", 2)
+    return replace(deployment, batch=Batch(results_file=str(data / "results.sqlite")))
 
 
 def default_threads(stages: int) -> int:
@@ -392,20 +415,22 @@ def _grace_s(text: str) -> float:
 
 
 def _platform_settings(
-    deployment: Deployment, folder: Path, host: str, ports: tuple[int, int, int], fork: bool
+    deployment: Deployment, folder: Path, host: str, ports: tuple[int, int, int], fork: bool, data_dir: Path | None
 ) -> PlatformSettings:
     from knative.platform import PlatformSettings
 
     port, grpc_port, metrics_port = ports
+    name = _free_name(deployment.service_name)
     return PlatformSettings(
         folder=folder.resolve(),
-        name=_free_name(deployment.service_name),
+        name=name,
         host=host,
         port=port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
         default_service=f"{deployment.namespace}/{deployment.service_name}",
         fork=fork,
+        data_folder=data_folder(data_dir, name),
     )
 
 
@@ -434,9 +459,20 @@ def _facts(deployment: Deployment, platform: Platform, urls: Urls) -> dict[str, 
         "platform_metrics": platform.metrics_url,
         "stages": stages,
         "orchestrator": {"service": deployment.service_name},
+        **_batch_urls(deployment, platform),
         "platform": platform.settings.name,
         "log_dir": str(platform.settings.folder),
     }
+
+
+def _batch_urls(deployment: Deployment, platform: Platform) -> dict[str, str]:
+    """Where requests of batches go, and where their results are; nothing without --batch."""
+    from orchestrator.render.batch import results_name
+
+    if deployment.batch is None:
+        return {}
+    broker = _url(platform, deployment, deployment.batch.broker)
+    return {"broker": broker, "results": _url(platform, deployment, results_name(deployment))}
 
 
 def _url(platform: Platform, deployment: Deployment, name: str) -> str:
@@ -446,18 +482,21 @@ def _url(platform: Platform, deployment: Deployment, name: str) -> str:
 def _banner(deployment: Deployment, platform: Platform, urls: Urls) -> str:
     body = json.dumps({"model": urls.name, "prompt": "ROMEO:", "max_tokens": 60})
     count = len(deployment.plan.stages)
+    broker = _batch_urls(deployment, platform).get("broker")
+    batch = "\n  stagecraft batch submit prompts.jsonl -o results.jsonl" if broker else ""
+    broker_line = f"\n  broker   {broker}" if broker else ""
     return f"""
 {urls.name} is served in {count} stage{"s"[: count > 1]}, from zero with the first request; Ctrl-C stops it.
 
   OpenAI   {urls.openai}
   V1       {urls.v1}
   V2       {urls.v2}
-  gRPC     {urls.grpc}
+  gRPC     {urls.grpc}{broker_line}
   metrics  {platform.metrics_url}
   watch    stagecraft top --platform {platform.settings.name}
   files    {platform.settings.folder} (manifests, logs, {PLATFORM_LOG})
 
 Try:
   curl {urls.openai}/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}
-  stagecraft generate "ROMEO:" --url {urls.base}
+  stagecraft generate "ROMEO:" --url {urls.base}{batch}
 """

@@ -19,6 +19,7 @@ from orchestrator.plan import Plan
 from orchestrator.targets import Workload
 
 Runtime = Literal["knative", "kserve"]
+ScoringForm = Literal["triggers", "sequence"]
 OciAs = Literal["image-volume", "init-container"]
 
 SERVICE_NAME_MAX = 52  # a revision adds -00001 and a replica five letters more, of at most 63
@@ -35,6 +36,7 @@ _IMAGE = re.compile(
 _ENV_NAME = re.compile(r"[A-Za-z_.-][A-Za-z0-9_.-]*")
 _KSERVE_ENV = ("INFERENCE_SERVICE_NAME", "MULTI_MODEL_SERVER", "STORAGE_URI")
 _ID_MAX = (1 << 31) - 1  # of groups
+_CLAIMS = re.compile(r"(s3|gs|gcs|abfs|az)://[^/\s]\S*|file:///\S+", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
@@ -242,6 +244,45 @@ class Surroundings:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """Batch jobs by events: through which broker, and where results are kept."""
+
+    broker: str = "default"
+    results_claim: str = ""  # volume claim; without one, results live as long as the pod
+    results_file: str = ""  # on one machine, instead of a claim
+    max_in_flight: int = 64  # requests in the orchestrator at once
+
+    def __post_init__(self) -> None:
+        if not is_dns_1123_subdomain(self.broker):
+            raise DeploymentError(f"--broker must be the name of a Broker (DNS-1123), got {self.broker!r}")
+        if self.results_claim and not is_dns_1123_subdomain(self.results_claim):
+            raise DeploymentError(f"--results-claim must be the name of a volume claim, got {self.results_claim!r}")
+        if self.max_in_flight < 1:
+            raise DeploymentError(f"--batch-in-flight must be at least 1, got {self.max_in_flight}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Stages chained by a broker alone, for work without decoding; see docs/scoring.md."""
+
+    form: ScoringForm = "triggers"
+    broker: str = "default"
+    claims: str = ""  # where data too large for events lie; "": events carry all of it
+    dead_letters: str = ""  # URL; "": the results service of a batch, if there is one
+
+    def __post_init__(self) -> None:
+        if not is_dns_1123_subdomain(self.broker):
+            raise DeploymentError(f"--broker must be the name of a Broker (DNS-1123), got {self.broker!r}")
+        if self.claims and not _CLAIMS.fullmatch(self.claims):
+            raise DeploymentError(
+                "--claims must be where all stages can write, s3://, gs:// or abfs://, or file:///PATH on one machine; "
+                f"got {self.claims!r}"
+            )
+        if self.dead_letters and not re.fullmatch(r"https?://[^/\s]\S*", self.dead_letters, re.ASCII):
+            raise DeploymentError(f"--dead-letters must be a URL, http://..., got {self.dead_letters!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
     """A plan with everything that its objects need. `up` leaves resources out: processes share one machine."""
 
@@ -264,6 +305,8 @@ class Deployment:
     scheduling: Scheduling = Scheduling()
     weights: WeightSource = WeightSource()
     around: Surroundings | None = None  # None: nothing but the services
+    batch: Batch | None = None
+    scoring: Scoring | None = None
     env: Mapping[str, str] = field(default_factory=dict)  # for stages and orchestrator
     lane_width: int | None = None  # sequences; None: the orchestrator's default
     timeout_s: int = 600  # the most that Knative allows by default

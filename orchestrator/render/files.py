@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.render import surroundings
+from orchestrator.render import batch, surroundings
 from orchestrator.render.deployment import Deployment, DeploymentError
 from orchestrator.render.inference_services import (
     orchestrator_inference_service,
@@ -19,6 +19,7 @@ from orchestrator.render.inference_services import (
 from orchestrator.render.kn_script import kn_script
 from orchestrator.render.knative_services import orchestrator_service, stage_service
 from orchestrator.render.noted import Tree, plain, to_yaml
+from orchestrator.render.scoring import score_objects
 
 Format = Literal["yaml", "kn"]
 
@@ -64,12 +65,36 @@ def service_objects(what: Deployment) -> list[Object]:
         found.append(Object(f"stage-{index}.yaml", make(what, index), heading))
     orchestrator = orchestrator_service if what.orchestrator_as == "knative" else orchestrator_inference_service
     heading = "The orchestrator: what clients speak to. It chains the stages and holds no weights."
-    return [*found, Object("orchestrator.yaml", orchestrator(what), heading)]
+    found.append(Object("orchestrator.yaml", orchestrator(what), heading))
+    if what.batch is not None:
+        heading = "Keeps the results of batches until they are fetched, and events that nobody could use."
+        found.append(Object("results.yaml", batch.results_service(what, what.batch), heading))
+    return found
+
+
+def event_objects(what: Deployment) -> list[Object]:
+    """The broker of a batch, and who gets which of its events; how scoring goes from stage to stage."""
+    return [*_batch_objects(what), *_score_objects(what)]
+
+
+def _score_objects(what: Deployment) -> list[Object]:
+    return [] if what.scoring is None else [Object(*one) for one in score_objects(what, what.scoring).items()]
+
+
+def _batch_objects(what: Deployment) -> list[Object]:
+    if what.batch is None:
+        return []
+    heading = "Takes requests and results of batches; leave this file out where the Broker is somebody else's."
+    found = [Object("broker.yaml", batch.broker(what, what.batch), heading)]
+    for tree in batch.triggers(what, what.batch):
+        name = tree["metadata"]["name"].removeprefix(f"{what.service_name}-")
+        found.append(Object(f"trigger-{name}.yaml", tree))
+    return found
 
 
 def objects(what: Deployment) -> list[Object]:
     """Everything, in the order in which it is best applied. Raises DeploymentError."""
-    return [*_before(what), *service_objects(what), *_after(what)]
+    return [*_before(what), *service_objects(what), *event_objects(what), *_after(what)]
 
 
 def files(what: Deployment, format: Format = "yaml") -> list[File]:

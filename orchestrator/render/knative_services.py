@@ -130,6 +130,13 @@ def pod_spec(what: Deployment, pod: Pod, account: str) -> Tree:
     }
 
 
+def knative_service(
+    what: Deployment, name: str, labels: Mapping[str, str], annotations: Tree, pod: Pod, *, account: str
+) -> Tree:
+    """A Service that can be reached from everywhere, beside stages and orchestrator."""
+    return _service(what, name, labels, None, annotations, pod_spec(what, pod, account), {})
+
+
 def _service(
     what: Deployment,
     name: str,

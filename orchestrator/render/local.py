@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.render.deployment import Deployment
-from orchestrator.render.files import Object, service_objects
+from orchestrator.render.files import Object, event_objects, service_objects
 from orchestrator.render.noted import Tree, plain, to_yaml
 
 
 def local_objects(what: Deployment) -> list[Object]:
     """In the order in which they are best applied. Raises DeploymentError."""
-    return [Object("config-autoscaler.yaml", _autoscaler_settings(what.scaling.grace_s)), *service_objects(what)]
+    return [
+        Object("config-autoscaler.yaml", _autoscaler_settings(what.scaling.grace_s)),
+        *service_objects(what),
+        *event_objects(what),
+    ]
 
 
 def local_manifests(what: Deployment) -> list[Tree]:

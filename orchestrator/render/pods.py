@@ -13,12 +13,13 @@ from typing import Any
 
 from knative.resources.quantities import parse_cpus, parse_memory_bytes
 from orchestrator.cost import Cost
-from orchestrator.render.deployment import Deployment, DeploymentError, Resources, Toleration
+from orchestrator.render.deployment import Batch, Deployment, DeploymentError, Resources, Toleration
 from orchestrator.render.noted import Noted, Tree
 from orchestrator.render.weights import Weights, weights
 
 STAGE_IMAGE = "stagecraft/stage"
 ORCHESTRATOR_IMAGE = "stagecraft/orchestrator"
+RESULTS_IMAGE = "stagecraft/results"
 USER = 65532  # of the images, see functions/Dockerfile
 PORT = 8080
 
@@ -28,6 +29,7 @@ _GIB = 1 << 30
 _RUNTIME_BYTES = 3 * _GIB // 2  # torch, Transformers and the buffers of a step, on a CPU
 _GPU_HOST_BYTES = 4 * _GIB  # the same with CUDA's libraries; weights pass through host memory tensor by tensor
 _KV_BYTES_MAX = 4 * _GIB
+_RESULTS_FOLDER = "/var/lib/stagecraft"
 _FETCH_BYTES_PER_S = 50_000_000  # of weights over a network, to be on the safe side
 _DEADLINE_S = 600  # Knative's own, and the orchestrator's; an image of several GB is pulled in that time
 
@@ -108,6 +110,40 @@ def orchestrator_pod(what: Deployment) -> Pod:
     return Pod(container, _volumes(source, None), fields, source, features, deadline_s)
 
 
+def results_pod(what: Deployment, batch: Batch) -> Pod:
+    """The pod of the results service: a file, and a small server in front of it."""
+    file = batch.results_file or f"{_RESULTS_FOLDER}/results.sqlite"
+    source = Weights("", "")
+    container: Tree = {
+        "image": what.images.name(RESULTS_IMAGE),
+        "ports": [{"name": "http1", "containerPort": PORT}],
+        "env": [{"name": "RESULTS_FILE", "value": file}],
+        **({} if what.orchestrator is None else {"resources": _same("500m", "512Mi")}),
+        "readinessProbe": {"httpGet": {"path": "/readyz"}},
+        **_liveness("/healthz", "a service that hangs is started anew"),
+        **_security(),
+        "volumeMounts": _mounts(source, shared_memory=False),
+    }
+    fields, _ = _volume_features(what, source)
+    volumes = _volumes(source, None)
+    features: tuple[str, ...] = ()
+    if not batch.results_file:
+        container["volumeMounts"].append({"name": "results", "mountPath": _RESULTS_FOLDER})
+        volumes.append(_results_volume(batch))
+    if batch.results_claim:
+        features = ("kubernetes.podspec-persistent-volume-claim", "kubernetes.podspec-persistent-volume-write")
+        if what.scheduling.fs_group is not None:
+            fields["securityContext"] = {"fsGroup": what.scheduling.fs_group}
+            features = (*features, "kubernetes.podspec-securitycontext")
+    return Pod(container, volumes, fields, source, features, _DEADLINE_S)
+
+
+def _results_volume(batch: Batch) -> Tree:
+    if batch.results_claim:
+        return {"name": "results", "persistentVolumeClaim": {"claimName": batch.results_claim}}
+    return {"name": "results", "emptyDir": {}}
+
+
 def stage_environment(what: Deployment, index: int, budget: Budget) -> dict[str, Any]:
     """The variables that tell a stage which one it is."""
     plan = what.plan
@@ -129,6 +165,7 @@ def stage_environment(what: Deployment, index: int, budget: Budget) -> dict[str,
         "STAGE_DEVICE": what.device,
         "STAGE_THREADS": str(what.threads_per_stage),
         **kv,
+        **({"STAGE_CLAIMS": what.scoring.claims} if what.scoring is not None and what.scoring.claims else {}),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from orchestrator.render.deployment import Deployment
-from orchestrator.render.pods import orchestrator_pod, stage_pod
+from orchestrator.render.pods import orchestrator_pod, results_pod, stage_pod
 
 _TIMEOUT_MAX_S = 600  # max-revision-timeout-seconds
 
@@ -24,6 +24,8 @@ class ClusterSetting:
 def needed_settings(what: Deployment) -> tuple[ClusterSetting, ...]:
     """What an administrator has to set before these files are taken; nothing for a plain deployment."""
     features = {*stage_pod(what, 0).features, *orchestrator_pod(what).features}
+    if what.batch is not None:
+        features.update(results_pod(what, what.batch).features)
     found = [ClusterSetting("config-features", name, "enabled") for name in sorted(features)]
     if what.scaling.initial_scale == 0 and what.scaling.min_scale == 0:
         found.append(ClusterSetting("config-autoscaler", "allow-zero-initial-scale", "true"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from functions.contract import events
+from functions.contract.scoring import SCORE
 from orchestrator.plan import dump_plan
 from orchestrator.render.deployment import Deployment, Surroundings
 from orchestrator.render.knative_services import PART_OF, pod_labels
@@ -25,6 +26,7 @@ _EVENTS = {
     events.RELEASED: "a stage's answer to release",
     events.ERROR: "a stage's answer to what it could not do",
 }
+_SCORE = "to a stage, and its answer: whole texts on their way through all stages, for scores and embeddings"
 
 
 def service_account(what: Deployment, role: str) -> Tree:
@@ -123,10 +125,10 @@ def event_types(what: Deployment) -> list[Tree]:
             "spec": {
                 "type": kind,
                 "description": description,
-                **({} if kind in events.REQUEST_TYPES else {"source": f"/stagecraft/{what.service_name}"}),
+                **({} if kind in (*events.REQUEST_TYPES, SCORE) else {"source": f"/stagecraft/{what.service_name}"}),
             },
         }
-        for kind, description in _EVENTS.items()
+        for kind, description in (_EVENTS | ({SCORE: _SCORE} if what.scoring is not None else {})).items()
     ]
 
 
@@ -144,6 +146,10 @@ def deployer_role(what: Deployment) -> Tree:
     ]
     if "kserve" in (what.stages_as, what.orchestrator_as):
         rules.append(("serving.kserve.io", ["inferenceservices", "servingruntimes"], writing))
+    if what.scoring is not None:
+        rules.append(("eventing.knative.dev", ["triggers"], writing))
+        if what.scoring.form == "sequence":
+            rules.append(("flows.knative.dev", ["sequences"], writing))
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "Role",

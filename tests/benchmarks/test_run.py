@@ -34,12 +34,15 @@ EXPECTED = {
 }
 
 
+QUICKEST = ("path", "hop")
+
+
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "benchmarks", *arguments]
     return subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.slow) for n in EXPECTED])
 def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / "new" / "figures.json"
     done = run(root, "--quick", "--json", "--only", name, "--output", str(output))

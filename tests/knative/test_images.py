@@ -38,7 +38,7 @@ def test_registry_tag_and_digest_do_not_matter(image: str) -> None:
 def test_a_match_ends_at_the_boundaries_of_the_path(image: str) -> None:
     with pytest.raises(KnativeError, match="no command on this machine") as caught:
         Images().resolve(Container(image))
-    assert "stagecraft/orchestrator, stagecraft/process, stagecraft/stage" in str(caught.value)
+    assert "stagecraft/orchestrator, stagecraft/process, stagecraft/results, stagecraft/stage" in str(caught.value)
     assert "stagecraft local start --images FILE" in str(caught.value)
 
 

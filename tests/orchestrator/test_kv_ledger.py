@@ -146,3 +146,21 @@ def test_replicas_that_hold_nothing_any_more_are_forgotten(steps: list[Any]) -> 
     lanes.ledger.promise(["z", "z"], 60)
     assert lanes.ledger.fits([None, None], 40)
     assert not any(lanes.ledger.known(stage, replica) for stage in range(STAGES) for replica in ("b", "c"))
+
+
+@given(
+    st.integers(60, 150),
+    st.lists(st.integers(1, 60), max_size=8),
+    st.integers(1, 60),
+    st.sampled_from([0.25, 0.75, 1.0]),
+)
+def test_who_may_fill_a_share_only_leaves_the_rest_free(
+    budget: int, held: list[int], tokens: int, share: float
+) -> None:
+    ledger, home = ledger_of(budget), ["a"] * STAGES
+    for some in held:
+        if ledger.fits(home, some):
+            ledger.promise(home, some)
+    promised = ledger.promised(0, "a")
+    assert ledger.fits(home, tokens, share) == (promised == 0 or promised + tokens <= share * budget)
+    assert ledger.fits(home, tokens) or not ledger.fits(home, tokens, share)

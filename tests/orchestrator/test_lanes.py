@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence as Items
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,16 +14,23 @@ from hypothesis import strategies as st
 from functions.contract.messages import Opening, Sampled, Step
 from functions.contract.sampling import SamplingParams
 from orchestrator import lanes
-from orchestrator.generation import GenerationRequest
+from orchestrator.generation import GenerationRequest, Priority
 
 VOCABULARY = 50
+PRIORITIES = st.sampled_from(get_args(Priority))
 
 
 def sequence_of(
-    identity: int, prompt: Items[int], answer: Items[int] = (), cached: int = 0, *, max_tokens: int = 99
+    identity: int,
+    prompt: Items[int],
+    answer: Items[int] = (),
+    cached: int = 0,
+    *,
+    max_tokens: int = 99,
+    priority: Priority = "interactive",
 ) -> lanes.Sequence:
     """A sequence in the middle: `answer` is generated already, `cached` tokens are in the stages."""
-    request = GenerationRequest(tuple(prompt), max_tokens, SamplingParams(seed=identity))
+    request = GenerationRequest(tuple(prompt), max_tokens, SamplingParams(seed=identity), priority=priority)
     sequence = lanes.Sequence(identity, request)
     sequence.history.extend(answer)
     sequence.cached = cached
@@ -38,7 +46,7 @@ def a_lane(draw: st.DrawFn) -> list[lanes.Sequence]:
         answer = draw(st.lists(st.integers(0, VOCABULARY - 1), max_size=6))
         # decoding is the common state, so it is drawn more often than any other
         cached = draw(st.just(len(prompt + answer) - 1) | st.integers(0, len(prompt + answer) - 1))
-        sequences.append(sequence_of(identity, prompt, answer, cached))
+        sequences.append(sequence_of(identity, prompt, answer, cached, priority=draw(PRIORITIES)))
     return sequences
 
 
@@ -70,10 +78,12 @@ def test_slices_carry_what_the_stages_lack(sequences: list[lanes.Sequence], toke
 
 @given(a_lane(), st.integers(1, 40))
 def test_decode_tokens_come_first_then_prefill_oldest_first(sequences: list[lanes.Sequence], tokens_max: int) -> None:
+    """In both, those of batches come last."""
     step = lanes.next_step(sequences, tokens_max)
+    parts = [[s for s in sequences if s.request.priority == priority] for priority in ("interactive", "batch")]
     # the shortest answers first, so that nobody waits for ever where not all fit
-    decoding = [s.id for s in sorted(sequences, key=lambda s: s.generated) if s.decoding]
-    prefilling = [s.id for s in sequences if not s.decoding]
+    decoding = [s.id for part in parts for s in sorted(part, key=lambda s: s.generated) if s.decoding]
+    prefilling = [s.id for part in parts for s in part if not s.decoding]
     order = [piece.sequence for piece in step.slices]
     room = max(1, tokens_max - bool(prefilling))
     assert order == [*decoding[:room], *prefilling][: len(order)]
@@ -317,6 +327,7 @@ REQUESTS = st.lists(
         max_tokens=st.integers(1, 8),
         params=st.builds(SamplingParams, seed=st.integers(0, 3)),
         stop_ids=st.frozensets(st.integers(0, VOCABULARY - 1), max_size=6),
+        priority=PRIORITIES,
     ),
     min_size=1,
     max_size=6,

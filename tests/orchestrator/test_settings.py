@@ -59,3 +59,24 @@ def test_a_wait_for_weights_ends_on_sigterm_and_is_told_when_it_is_over(root: Pa
     assert over.returncode == 2
     assert "config.json cannot be read after 0.01 s" in over.stderr
     assert "Traceback" not in over.stderr
+
+
+def test_the_sink_of_the_platform_is_the_last_resort_but_one() -> None:
+    assert load_settings({"K_SINK": "http://broker/ns/b"}, **GIVEN).events_sink == "http://broker/ns/b"
+    assert load_settings({"K_SINK": "http://broker"}, **GIVEN, events_sink="http://mine").events_sink == "http://mine"
+
+
+def test_mode_later_needs_a_file_and_a_sink() -> None:
+    with pytest.raises(SettingsError, match=f"needs {PREFIX}EVENTS_FILE and {PREFIX}EVENTS_SINK"):
+        load_settings({}, **GIVEN, events="later")
+    with pytest.raises(SettingsError, match=f"needs {PREFIX}EVENTS_FILE$"):
+        load_settings({"K_SINK": "http://broker"}, **GIVEN, events="later")
+    load_settings({"K_SINK": "http://broker"}, **GIVEN, events="later", events_file="/events.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [({}, 192), ({"lane_width": "8"}, 24), ({"batch_requests_max": "5"}, 5)]
+)
+def test_batches_may_fill_the_chain_and_a_lane_more(flags: dict[str, str], expected: int) -> None:
+    stages = {**GIVEN, "stage_urls": "http://a,http://b"}
+    assert load_settings({}, **stages, **flags).batch_workers == expected

@@ -15,7 +15,7 @@ from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, Defaults
 from knative.resources.documents import Document, parse
 from knative.resources.kserve_schema import INFERENCE_SERVICE, SERVING_RUNTIME
 from knative.resources.objects import Service
-from knative.resources.schema import SERVICE, Shape
+from knative.resources.schema import BROKER, SERVICE, TRIGGER, Shape
 
 ODD = ["", "\0", "-1", "0", "1e9", "99999999999999999999", "a" * 300, "$(X)", "null", "::", "é", "\n", "1s", "9Ei"]
 scalars = (
@@ -101,6 +101,14 @@ def test_anything_with_the_fields_of_a_service(tree: object) -> None:
 def test_anything_with_the_fields_of_kserves_kinds(service: object, runtime: object) -> None:
     for value, version, kind in ((service, "v1beta1", "InferenceService"), (runtime, "v1alpha1", "ServingRuntime")):
         head = {"apiVersion": f"serving.kserve.io/{version}", "kind": kind}
+        apply({**value, **head} if isinstance(value, dict) else head)
+
+
+@settings(slow, max_examples=100)
+@given(shaped(BROKER), shaped(TRIGGER))
+def test_anything_with_the_fields_of_eventings_kinds(broker: object, trigger: object) -> None:
+    for value, kind in ((broker, "Broker"), (trigger, "Trigger")):
+        head = {"apiVersion": "eventing.knative.dev/v1", "kind": kind}
         apply({**value, **head} if isinstance(value, dict) else head)
 
 

@@ -144,6 +144,8 @@ def violations(objects: Sequence[Tree], cluster: Cluster) -> list[str]:
         found += _named(runtime, _serving_runtime(runtime))
     for service, from_kserve in services:
         found += _named(service, _service(service, rendered, from_kserve))
+    for one in (*rendered.of_kind("Trigger"), *rendered.of_kind("Sequence")):
+        found += _named(one, _eventing(one, rendered, [service["metadata"]["name"] for service, _ in services]))
     found += _together(rendered, [service for service, _ in services])
     found += cluster.needless(rendered.needed)
     return found
@@ -210,6 +212,56 @@ def is_subdomain(text: str) -> bool:
 def is_qualified(text: str) -> bool:
     prefix, slash, name = text.rpartition("/")
     return len(name) <= 63 and _QUALIFIED.fullmatch(name) is not None and (not slash or is_subdomain(prefix))
+
+
+# --- Triggers and Sequences (facts, section f) ----------------------------------------------------------------------
+
+_ATTRIBUTE = re.compile(r"[a-z][a-z0-9]*")
+_ISO_DURATION = re.compile(r"P(?=.)(\d+D)?(T(?=.)(\d+H)?(\d+M)?(\d+(\.\d+)?S)?)?")
+
+
+def _eventing(tree: Tree, rendered: Rendered, services: Sequence[str]) -> Iterator[str]:
+    spec = tree["spec"]
+    if tree["kind"] == "Trigger":
+        if not spec.get("broker"):
+            yield "names no broker"
+        for name in spec.get("filter", {}).get("attributes", {}):
+            if not _ATTRIBUTE.fullmatch(name):
+                yield f"filters by {name!r}, which is no attribute"
+        destinations, deliveries = [spec["subscriber"]], [spec.get("delivery", {})]
+    else:
+        destinations = [*spec["steps"], *([spec["reply"]] if "reply" in spec else [])]
+        deliveries = [step.get("delivery", {}) for step in spec["steps"]]
+        if not spec["steps"]:
+            yield "a Sequence without steps"
+    for delivery in deliveries:
+        yield from _delivered(delivery)
+        destinations += [delivery["deadLetterSink"]] if "deadLetterSink" in delivery else []
+    for destination in destinations:
+        yield from _destination(destination, rendered, services)
+
+
+def _delivered(delivery: Tree) -> Iterator[str]:
+    if delivery.get("retry", 0) < 0:
+        yield f"retry {delivery['retry']}"
+    if delivery.get("backoffPolicy", "linear") not in ("linear", "exponential"):
+        yield f"backoffPolicy {delivery['backoffPolicy']!r}"
+    for name in ("backoffDelay", "timeout"):
+        if name in delivery and not _ISO_DURATION.fullmatch(delivery[name]):
+            yield f"{name} {delivery[name]!r} is no ISO 8601 duration"
+
+
+def _destination(destination: Tree, rendered: Rendered, services: Sequence[str]) -> Iterator[str]:
+    ref, uri = destination.get("ref"), destination.get("uri", "")
+    if ref is None:
+        if not re.match(r"https?://[^/]+", uri):
+            yield f"the address {uri!r} is not absolute, and there is no ref"
+        return
+    if "://" in uri:
+        yield f"an absolute address {uri!r} beside a ref"
+    known = {"Service": services, "Sequence": rendered.names("Sequence"), "Broker": None}.get(ref["kind"], ())
+    if known is not None and ref["name"] not in known:
+        yield f"there is no {ref['kind']} {ref['name']!r} in the files"
 
 
 # --- Knative Services -----------------------------------------------------------------------------------------------

@@ -35,7 +35,10 @@ class Schemas:
         for file in ("knative-serving/service", "knative-eventing/eventtype", "kserve/servingruntimes"):
             self._read(crds / f"{file}.yaml")
         self._read(crds / "kserve/inferenceservices.yaml")
+        for file in ("broker", "trigger", "sequence"):
+            self._read(crds / f"knative-eventing/{file}.yaml")
         _close_knative_service(self._by_kind["serving.knative.dev/v1", "Service"])
+        _close_eventing(self._by_kind)
 
     def _read(self, path: Path) -> None:
         spec = yaml.load(path.read_bytes(), Loader=yaml.CSafeLoader)["spec"]
@@ -258,6 +261,30 @@ def _close_knative_service(schema: Schema) -> None:
     for container in (pod["containers"]["items"], init):
         source = container["properties"]["env"]["items"]["properties"]["valueFrom"]["properties"]
         source["fieldRef"] = source["resourceFieldRef"] = _object()
+
+
+def _close_eventing(by_kind: Mapping[tuple[str, str], Schema]) -> None:
+    """By the Go types of these fields (fact sheet, section f)."""
+    broker, trigger, sequence = (
+        by_kind[kind]["properties"]["spec"]
+        for kind in (
+            ("eventing.knative.dev/v1", "Broker"), ("eventing.knative.dev/v1", "Trigger"),
+            ("flows.knative.dev/v1", "Sequence"),
+        )
+    )  # fmt: skip
+    by_kind["eventing.knative.dev/v1", "Broker"]["required"] = ["apiVersion", "kind", "metadata"]
+    trigger.pop("x-kubernetes-preserve-unknown-fields", None)
+    trigger["properties"]["filter"]["properties"]["attributes"] = _MAP
+    dialects = trigger["properties"]["filters"]["items"]["properties"]
+    for name in ("exact", "prefix", "suffix"):
+        dialects[name] = _MAP
+    flat = _object(**{name: dialects[name] for name in ("exact", "prefix", "suffix", "cesql")})
+    dialects |= {"not": flat, "all": _list(flat), "any": _list(flat)}
+    sequence["properties"]["channelTemplate"]["properties"]["spec"] = _object()
+    for owner in (broker, trigger, sequence["properties"]["steps"]["items"]):
+        delivery = owner["properties"]["delivery"]
+        delivery.pop("x-kubernetes-preserve-unknown-fields", None)
+        delivery["properties"] |= {"timeout": _TEXT, "format": _enum("json", "binary")}
 
 
 def open_places(schemas: Schemas) -> list[str]:
