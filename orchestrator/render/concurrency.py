@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from orchestrator.plan import PlanError
+from orchestrator.plan import PlanError, StageSpec
 from orchestrator.render.deployment import Deployment, DeploymentError
-from orchestrator.render.pods import stage_budget
+from orchestrator.render.pods import loaded_cost, stage_budget
 from orchestrator.targets import CPU, GPU, stage_targets
 
 _BURST_MIN = 211  # Knative's default of target-burst-capacity
@@ -31,7 +32,7 @@ def concurrency(what: Deployment) -> tuple[Concurrency, ...]:
         return (Concurrency(asked.target, limit, _burst(what, limit), ("as asked for",)),) * count
     budgets = [stage_budget(what, index).kv_bytes_expected for index in range(count)]
     try:
-        derived = stage_targets(what.plan.stages, what.workload, GPU if what.gpu else CPU, budgets)
+        derived = stage_targets(tuple(_stages(what)), what.workload, GPU if what.gpu else CPU, budgets)
     except PlanError as error:
         raise DeploymentError(str(error)) from None
     found = []
@@ -47,6 +48,12 @@ def concurrency(what: Deployment) -> tuple[Concurrency, ...]:
         lines = one.arithmetic if asked.target is None else ("as asked for",)
         found.append(Concurrency(target, limit, _burst(what, limit), lines))
     return tuple(found)
+
+
+def _stages(what: Deployment) -> Iterator[StageSpec]:
+    """Those of the plan, with what they take where they will run."""
+    for stage in what.plan.stages:
+        yield stage if stage.cost is None else replace(stage, cost=loaded_cost(what, stage.cost))
 
 
 def _burst(what: Deployment, limit: int) -> int:

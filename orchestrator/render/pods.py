@@ -192,21 +192,30 @@ def stage_budget(what: Deployment, index: int) -> Budget:
     cost = _cost(what, index)
     if what.gpu is not None:
         return _gpu_budget(what, index, cost)
-    in_memory = cost.weight_bytes * (2 if what.plan.dtype == "auto" else 1)
+    cost = loaded_cost(what, cost)
     kv_bytes = what.kv_bytes_max or _default_kv_bytes(what, cost)
-    needed = in_memory + kv_bytes + _RUNTIME_BYTES
-    as_float32 = ", counted twice: on a CPU a stage computes in float32" if what.plan.dtype == "auto" else ""
+    as_float32 = " as float32, in which a stage computes on a CPU" if what.plan.dtype == "auto" else ""
     arithmetic = (
         f"{_text(cost.weight_bytes)} of weights{as_float32}, {_text(kv_bytes)} of KV caches, "
         f"{_text(_RUNTIME_BYTES)} for the runtime"
     )
-    memory_bytes = _given(what, needed)
-    if memory_bytes < in_memory + kv_bytes:
+    memory_bytes = _given(what, cost.weight_bytes + kv_bytes + _RUNTIME_BYTES)
+    if memory_bytes < cost.weight_bytes + kv_bytes:
         raise DeploymentError(
             f"--memory {what.stage.memory} is less than stage {index} fills: {arithmetic}; leave --memory out, lower "
             "--kv-memory, or cut the plan into more stages"
         )
     return Budget(memory_bytes, kv_bytes, kv_bytes, (arithmetic,))
+
+
+def loaded_cost(what: Deployment, cost: Cost) -> Cost:
+    """A plan counts bytes in the type of the checkpoint; without a GPU, dtype auto loads and caches float32."""
+    if what.gpu is not None or what.plan.dtype != "auto" or not cost.weight_bytes:
+        return cost
+    # twice where the plan does not say how many parameters there are: most checkpoints hold halves
+    weight_bytes = max(cost.weight_bytes, 4 * cost.parameters or 2 * cost.weight_bytes)
+    kv_bytes_per_token = cost.kv_bytes_per_token * weight_bytes // cost.weight_bytes
+    return replace(cost, weight_bytes=weight_bytes, kv_bytes_per_token=kv_bytes_per_token)
 
 
 def _gpu_budget(what: Deployment, index: int, cost: Cost) -> Budget:
@@ -227,7 +236,9 @@ def _gpu_budget(what: Deployment, index: int, cost: Cost) -> Budget:
     if expected is None and device_bytes is not None:
         # what the stage will take by itself: 85 % of what the weights leave free, and its part of that
         expected = int(0.85 * (device_bytes - cost.weight_bytes * gpu.shared_by) / gpu.shared_by)
-    return Budget(_given(what, _GPU_HOST_BYTES), what.kv_bytes_max, expected, (arithmetic,))
+    # the first of several on a device finds free what the weights of the others will need, so it is told in bytes
+    kv_bytes_max = expected if gpu.shared_by > 1 else what.kv_bytes_max
+    return Budget(_given(what, _GPU_HOST_BYTES), kv_bytes_max, expected, (arithmetic,))
 
 
 def _default_kv_bytes(what: Deployment, cost: Cost) -> int:
