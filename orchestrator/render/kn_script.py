@@ -12,8 +12,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from orchestrator.render.deployment import Deployment
+from orchestrator.render.knative_services import PROGRESS_DEADLINE
 from orchestrator.render.noted import Tree, to_yaml
 
+_MARGIN_S = 60  # Knative tells a missed deadline a little later
 _VISIBILITY = "networking.knative.dev/visibility"
 _SCALE_FLAGS = {
     "autoscaling.knative.dev/min-scale": "--scale-min",
@@ -55,6 +57,9 @@ def _flags(service: Tree) -> Iterator[tuple[str, ...]]:
     """The flags, each with its value; what they say is taken out of `service`."""
     metadata, template = service["metadata"], service["spec"]["template"]
     yield "--namespace", metadata.pop("namespace")
+    # kn gives up after 600 s by itself, which would end the script while a large model is still loading
+    deadline_s = int(template["metadata"]["annotations"][PROGRESS_DEADLINE].removesuffix("s"))
+    yield "--wait-timeout", str(deadline_s + _MARGIN_S)
     labels = metadata.pop("labels", {})
     if labels.pop(_VISIBILITY, None) == "cluster-local":
         yield ("--cluster-local",)

@@ -78,6 +78,7 @@ def _apply(tree: Tree, flag: str, value: str) -> None:
         return
     actions: dict[str, Callable[[], None]] = {
         "--filename": lambda: None,
+        "--wait-timeout": lambda: _whole(value),
         "--namespace": lambda: tree["metadata"].update(namespace=value),
         "--cluster-local": lambda: _set(
             tree["metadata"].setdefault("labels", {}), "networking.knative.dev/visibility=cluster-local"
@@ -103,6 +104,11 @@ def _apply(tree: Tree, flag: str, value: str) -> None:
     if flag not in actions:
         raise KnError(f"kn has no flag {flag}")
     actions[flag]()
+
+
+def _whole(text: str) -> None:
+    if not text.isdecimal():
+        raise KnError(f"{text!r} is no number of seconds")
 
 
 def _pair(text: str) -> tuple[str, str]:

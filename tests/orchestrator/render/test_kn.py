@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.cost import Cost
 from orchestrator.render.deployment import (
     Deployment,
     DeploymentError,
@@ -128,6 +130,18 @@ def test_options_for_every_command_are_passed_on(
     for call in recorded(deployment(orchestrator_as="knative"), "--context", "two words"):
         at = call["argv"].index("--context")
         assert call["argv"][at + 1] == "two words"
+
+
+@pytest.mark.parametrize(("weights_gb", "expected_s"), [(0, 660), (60, 660 + 40 * 60)])
+def test_kn_waits_as_long_as_knative(
+    deployment: Make, recorded: Callable[..., list[Mapping[str, Any]]], weights_gb: int, expected_s: int
+) -> None:
+    """By itself kn gives up after 600 s, and the script would end before the services that are left."""
+    what = deployment(orchestrator_as="knative")
+    stages = tuple(replace(one, cost=Cost(1, weights_gb * 10**9, 1, 1)) for one in what.plan.stages)
+    calls = recorded(replace(what, plan=replace(what.plan, stages=stages)))
+    waits = [call["argv"][call["argv"].index("--wait-timeout") + 1] for call in calls]
+    assert waits == [str(expected_s)] * 3
 
 
 def test_a_failing_command_ends_the_script(deployment: Make, tmp_path: Path) -> None:
