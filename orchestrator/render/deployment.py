@@ -133,6 +133,11 @@ class Scaling:
             raise DeploymentError(f"--max-scale {self.max_scale} is below --min-scale {self.min_scale}")
         if self.initial_scale < 0:
             raise DeploymentError(f"--initial-scale must be 0 or more, got {self.initial_scale}")
+        if 0 < self.max_scale < self.initial_scale:
+            raise DeploymentError(
+                f"--initial-scale {self.initial_scale} is above --max-scale {self.max_scale}: Knative would wait for "
+                "replicas that it does not start, and the service would never be Ready"
+            )
         if not WINDOW_MIN_S <= self.window_s <= WINDOW_MAX_S:
             raise DeploymentError(f"--window must be from 6s to 1h, got {self.window_s}s")
         if not 0 <= self.scale_down_delay_s <= 3600:

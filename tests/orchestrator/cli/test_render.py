@@ -102,6 +102,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--initial-scale", "-1"), "--initial-scale"),
     (("--min-scale", "5"), "below --min-scale"),
     (("--min-scale", "3", "--max-scale", "2"), "below --min-scale"),
+    (("--initial-scale", "5", "--max-scale", "4"), "above --max-scale"),
     (("--max-scale", "2147483648"), "2147483647"),
     (("--min-scale", "many"), "integer"),
     (("--target", "0"), "--target"),
