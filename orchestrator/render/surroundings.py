@@ -146,6 +146,8 @@ def deployer_role(what: Deployment) -> Tree:
     ]
     if "kserve" in (what.stages_as, what.orchestrator_as):
         rules.append(("serving.kserve.io", ["inferenceservices", "servingruntimes"], writing))
+    else:  # `status` looks for them where the cluster has KServe
+        rules.append(("serving.kserve.io", ["inferenceservices"], ["get", "list"]))
     if what.scoring is not None:
         rules.append(("eventing.knative.dev", ["triggers"], writing))
         if what.scoring.form == "sequence":

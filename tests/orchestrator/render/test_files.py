@@ -141,3 +141,13 @@ def test_kubectl_finds_the_objects(
     found = {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(done.stdout)}
     expected = {(one["kind"], one["metadata"]["name"]): one for one in trees(what)}
     assert found == {key: one for key, one in expected.items() if key[0] not in ("Role", "RoleBinding")}
+
+
+@pytest.mark.parametrize("runtime", ["knative", "kserve"])
+def test_a_deployer_may_look_at_what_status_shows(deployment: Make, trees: Trees, runtime: str) -> None:
+    """`status --cluster` asks for InferenceServices wherever the cluster has KServe, whatever was rendered."""
+    what = deployment(stages_as=runtime, orchestrator_as=runtime, around=Surroundings(deployer="jo"))
+    (role,) = (one for one in trees(what) if one["kind"] == "Role")
+    allowed = {(group, name) for rule in role["rules"] for group in rule["apiGroups"] for name in rule["resources"]}
+    shown = {("serving.knative.dev", "services"), ("serving.knative.dev", "revisions")}
+    assert {*shown, ("serving.kserve.io", "inferenceservices")} <= allowed
