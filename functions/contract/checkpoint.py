@@ -19,6 +19,7 @@ from functions.contract.frames import check_entry, parse_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_PIECE_BYTES = 64 << 20  # of a tensor read at once: long enough for a request over a network to be worth it
 FILE_HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors package
 
 
@@ -85,7 +86,8 @@ def read_tensor(checkpoint: Checkpoint, info: TensorInfo, into: memoryview) -> N
         stream.seek(info.start)
         at = 0
         while at < info.nbytes:
-            count = stream.readinto(into[at:])  # type: ignore[attr-defined]  # raw files have it, IO[bytes] does not say so
+            # in pieces: a remote file is read into memory of its own first, up to twice over
+            count = stream.readinto(into[at : at + _PIECE_BYTES])  # type: ignore[attr-defined]  # raw files have it, IO[bytes] does not say so
             if not count:
                 raise CheckpointError(f"{info.file} ends inside {info.name}; copy or download it again")
             at += count

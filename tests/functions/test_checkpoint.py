@@ -86,6 +86,24 @@ def test_remote_tensor_is_read_by_its_range_alone(folder: Path, monkeypatch: pyt
     assert amounts == [12]
 
 
+def test_large_remote_tensor_is_read_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec reads into memory of its own first: read at once, a tensor would take its size twice."""
+    from fsspec.implementations.memory import MemoryFile
+
+    monkeypatch.setattr("functions.contract.checkpoint._PIECE_BYTES", 5)
+    checkpoint = open_checkpoint(to_memory(folder))
+    amounts: list[int] = []
+    original = MemoryFile.readinto
+
+    def counted(self: Any, into: Any) -> int:
+        amounts.append(len(into))
+        return int(original(self, into))
+
+    monkeypatch.setattr(MemoryFile, "readinto", counted, raising=False)
+    assert read(checkpoint, "model.layers.0.w") == TENSORS["model.layers.0.w"].tobytes()
+    assert amounts == [5, 5, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "block"), [("model.layers.11.w", 11), ("h.3.attn.0.w", 3), ("model.embed.weight", None), ("w2.x", None)]
 )
