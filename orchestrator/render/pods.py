@@ -27,7 +27,8 @@ _CPU = "2"  # of a stage
 
 _GIB = 1 << 30
 _RUNTIME_BYTES = 3 * _GIB // 2  # torch, Transformers and the buffers of a step, on a CPU
-_GPU_HOST_BYTES = 4 * _GIB  # the same with CUDA's libraries; weights pass through host memory tensor by tensor
+_GPU_HOST_BYTES = 4 * _GIB  # the same with CUDA's libraries
+_ON_THEIR_WAY = 8  # weights pass through host memory, up to four tensors at once; an embedding is the largest of them
 _KV_BYTES_MAX = 4 * _GIB
 _RESULTS_FOLDER = "/var/lib/stagecraft"
 _FETCH_BYTES_PER_S = 50_000_000  # of weights over a network, to be on the safe side
@@ -228,9 +229,10 @@ def _gpu_budget(what: Deployment, index: int, cost: Cost) -> Budget:
             f"{gpu.resource} of {_text(device_bytes)} they do not fit; cut the plan into more stages, "
             "or take a larger device"
         )
+    passing_bytes = cost.weight_bytes // _ON_THEIR_WAY
     arithmetic = (
-        f"host memory: {_text(_GPU_HOST_BYTES)} for CUDA and the runtime; the {_text(cost.weight_bytes)} of weights "
-        "only pass through it"
+        f"host memory: {_text(_GPU_HOST_BYTES)} for CUDA and the runtime, {_text(passing_bytes)} for tensors on their "
+        f"way to the device, an eighth of {_text(cost.weight_bytes)} of weights"
     )
     expected = what.kv_bytes_max
     if expected is None and device_bytes is not None:
@@ -238,7 +240,7 @@ def _gpu_budget(what: Deployment, index: int, cost: Cost) -> Budget:
         expected = int(0.85 * (device_bytes - cost.weight_bytes * gpu.shared_by) / gpu.shared_by)
     # the first of several on a device finds free what the weights of the others will need, so it is told in bytes
     kv_bytes_max = expected if gpu.shared_by > 1 else what.kv_bytes_max
-    return Budget(_given(what, _GPU_HOST_BYTES), kv_bytes_max, expected, (arithmetic,))
+    return Budget(_given(what, _GPU_HOST_BYTES + passing_bytes), kv_bytes_max, expected, (arithmetic,))
 
 
 def _default_kv_bytes(what: Deployment, cost: Cost) -> int:

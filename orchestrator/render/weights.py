@@ -154,7 +154,7 @@ def _claim(runtime: Runtime, rest: str) -> Weights:
 def _image_volume(image: str) -> Weights:
     return Weights(
         f"{MOUNT}/models",
-        "the model image is mounted as it is (Kubernetes 1.33 or newer); the node's image cache keeps it",
+        "the model image is mounted as it is (Kubernetes with the feature gate ImageVolume); the node's cache keeps it",
         volume={"name": VOLUME, "image": {"reference": image, "pullPolicy": "IfNotPresent"}},
         mount={"name": VOLUME, "mountPath": MOUNT, "readOnly": True},
         features=("kubernetes.podspec-volumes-image",),

@@ -74,3 +74,11 @@ def test_stages_that_share_a_device_fit_on_it_whichever_comes_first(deployment: 
 def test_stages_that_share_a_device_of_unknown_size_take_a_share(deployment: Make) -> None:
     found = environment(with_cost(deployment(gpu=Gpu(shared_by=4)), HALVES), 0)
     assert (found["STAGE_KV_SHARE"], "STAGE_KV_BYTES_MAX" in found) == ("0.250000", False)
+
+
+def test_the_host_has_room_for_tensors_on_their_way_to_the_device(deployment: Make) -> None:
+    """Half of Llama 3 8B: four tensors are read at a time, and its embedding alone has 1 GiB."""
+    embedding, others = 128_256 * 4096 * 2, 3 * 4096 * 14_336 * 2
+    budget = stage_budget(with_cost(deployment(gpu=Gpu()), Cost(4000 * MILLION, 8000 * MILLION, KV, 1)), 0)
+    assert budget.memory_bytes is not None
+    assert budget.memory_bytes - embedding - others > 3 * GIB
