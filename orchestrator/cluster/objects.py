@@ -13,6 +13,8 @@ from knative.resources.documents import Document, parse_documents, read_document
 Tree = dict[str, Any]
 
 _KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")  # as kustomize looks for them
+_KN_SCRIPT = "deploy.sh"  # of `stagecraft render --format kn`
+_RENDERED = b"# Rendered by stagecraft"
 _KUSTOMIZE_GROUP = "kustomize.config.k8s.io"
 _KNOWN_KEYS = ("apiVersion", "kind", "metadata", "namespace", "resources")
 
@@ -59,6 +61,7 @@ def read_objects(paths: Sequence[Path]) -> list[Object]:
 
 
 def _read(path: Path) -> list[Object]:
+    _check_not_for_kn(path)
     lists = [path / name for name in _KUSTOMIZATIONS if (path / name).is_file()] if path.is_dir() else []
     if lists:
         return _kustomized(lists[0])
@@ -74,6 +77,18 @@ def _read(path: Path) -> list[Object]:
     if problems:
         raise ValidationError(problems)
     return found
+
+
+def _check_not_for_kn(folder: Path) -> None:
+    """Without the services, deploying would start nothing, and undeploying leave them without their accounts."""
+    script = folder / _KN_SCRIPT
+    if script.is_file() and _RENDERED in script.read_bytes()[:4096]:
+        raise ValidationError(
+            [
+                f"{folder} is rendered for kn: its services are in {script}, whose first lines say how to apply and "
+                "how to remove them; or render it again without --format kn"
+            ]
+        )
 
 
 def _kustomized(file: Path) -> list[Object]:

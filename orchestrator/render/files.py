@@ -110,7 +110,7 @@ def files(what: Deployment, format: Format = "yaml") -> list[File]:
         written = [one for one in every if not one.is_service]
     head = f"{MARK} for {what.plan.name}, plan {what.plan.digest}."
     found = [File(one.file, f"{head}\n{to_yaml(one.tree, one.heading)}") for one in written]
-    found.append(File(KUSTOMIZATION, f"{head}\n{_kustomization(written)}"))
+    found.append(File(KUSTOMIZATION, f"{head}\n{_kustomization(written, format)}"))
     if format == "kn":
         services = [plain(one.tree) for one in every if one.is_service]
         found.append(File(SCRIPT, kn_script(what, services, head), executable=True))
@@ -192,11 +192,15 @@ def _after(what: Deployment) -> Iterator[Object]:
             yield Object(f"event-type-{kind}.yaml", tree, "For Knative Eventing; leave it out with --no-event-types.")
 
 
-def _kustomization(written: Sequence[Object]) -> str:
+def _kustomization(written: Sequence[Object], format: Format) -> str:
     # no `namespace` here: every object has its own, and kustomize would move a RoleBinding's subject `default` too
     tree = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": [one.file for one in written if one.listed],
     }
+    if format == "kn":
+        return to_yaml(
+            tree, f"All but the services: kubectl apply -k . && ./{SCRIPT}, which also says how to remove them"
+        )
     return to_yaml(tree, "Apply everything with: kubectl apply -k . (or stagecraft deploy .)")

@@ -34,6 +34,11 @@ _HEAD = """#!/bin/sh
 #
 # Running it again changes nothing, or brings the services to what stands here. KN=..., KUBECONFIG and options for every
 # command can be given: ./deploy.sh --context staging
+#
+# To remove everything, services first:
+#
+#     kn service delete --namespace {namespace} {services}
+#     kubectl delete -k .
 set -eu
 KN="${{KN:-kn}}"
 """
@@ -41,7 +46,9 @@ KN="${{KN:-kn}}"
 
 def kn_script(what: Deployment, services: Sequence[Tree], head: str) -> str:
     """`services` are plain trees of Knative Services."""
-    return _HEAD.format(head=head, name=what.plan.name) + "".join(f"\n{_command(one)}" for one in services)
+    names = " ".join(one["metadata"]["name"] for one in reversed(services))
+    heading = _HEAD.format(head=head, name=what.plan.name, namespace=what.namespace, services=names)
+    return heading + "".join(f"\n{_command(one)}" for one in services)
 
 
 def _command(service: Tree) -> str:

@@ -28,6 +28,7 @@ from orchestrator.cluster import (
 )
 
 ROOT = Path(__file__).resolve().parents[3]
+PLAN = ROOT / "tests" / "golden" / "demo-2" / "plan.yaml"
 WAIT_S = 60  # against hangs
 QUICK = ("--poll", "5ms")
 
@@ -206,6 +207,21 @@ def test_files_are_read_before_the_cluster_is_asked(stagecraft: Run, world: Any,
     done = stagecraft("deploy", tmp_path / "bad.yaml")
     assert (done.code, world.requests) == (1, [])
     assert done.err.startswith(f"error: {tmp_path}/bad.yaml:1: not YAML")
+
+
+@pytest.mark.parametrize("command", ["deploy", "undeploy"])
+def test_a_folder_for_kn_is_not_taken_without_its_services(
+    stagecraft: Run, world: Any, tmp_path: Path, command: str
+) -> None:
+    """Undeploying it would take accounts and policy from services that go on, with their GPUs."""
+    folder = tmp_path / "kn"
+    assert stagecraft("render", PLAN, "-o", folder, "--orchestrator-as", "knative", "--format", "kn").code == 0
+    done = stagecraft(command, folder)
+    assert (done.code, done.out, world.requests) == (1, "", [])
+    assert f"error: {folder} is rendered for kn: its services are in {folder}/deploy.sh" in done.err
+    assert (
+        "kn service delete --namespace default demo demo-stage-1 demo-stage-0\n" in (folder / "deploy.sh").read_text()
+    )
 
 
 def test_an_object_that_is_being_deleted_is_not_changed(
