@@ -8,26 +8,42 @@ from itertools import groupby
 
 from orchestrator.cluster.apply import Applied, Placed
 from orchestrator.cluster.client import POD, Cluster
-from orchestrator.cluster.errors import ClusterError
+from orchestrator.cluster.errors import ApiError, ClusterError
 from orchestrator.cluster.watch import POLL_S, targets
 
 
 def remove(cluster: Cluster, placed: Sequence[Placed], done: Callable[[Placed, bool], object]) -> list[Placed]:
     """Deletes the objects, the last one first; `done` gets each and whether there was one. Returns those there were.
 
-    Raises ClusterError at the first that cannot be deleted."""
+    One that may not be deleted does not keep the others, of which some hold GPUs; only what services stand on
+    (accounts, policy) stays while one of them does. Raises ClusterError for all that are left, at the end or when the
+    cluster answers no more."""
     deleted: list[Placed] = []
+    problems: list[str] = []
+    service_stays = False
     for one in reversed(placed):
+        if service_stays and not _is_served(one):
+            continue
         try:
             found = cluster.delete(one.kind, one.namespace, one.object.name)
         except ClusterError as error:
-            count = f"{len(deleted)} of {len(placed)}"
-            problems = [f"{one}: {problem}" for problem in error.problems]
-            raise ClusterError([*problems, f"deleted before that: {count}; run the same command again"]) from None
+            problems += [f"{one}: {problem}" for problem in error.problems]
+            if not isinstance(error, ApiError) or error.heals or error.status == 401:  # not about this object
+                break
+            service_stays = service_stays or _is_served(one)
+            continue
         if found:
             deleted.append(one)
         done(one, found)
+    if problems:
+        count = f"{len(deleted)} of {len(placed)}"
+        raise ClusterError([*problems, f"deleted: {count}; run the same command again for what is left"])
     return deleted
+
+
+def _is_served(one: Placed) -> bool:
+    """Whether it is a service, or the runtime of services."""
+    return one.object.group in ("serving.knative.dev", "serving.kserve.io")
 
 
 def wait_gone(

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 from orchestrator.cluster import (
+    ClusterError,
     Progress,
     Unreachable,
     connect,
     locate,
     patience_s,
     read_objects,
+    remove,
     targets,
     wait_ready,
     write,
@@ -440,7 +442,31 @@ def test_undeploy_says_what_it_could_not_delete(stagecraft: Run, world: Any, fak
     assert (done.code, done.out) == (1, f"{ORCHESTRATOR} deleted\n")
     first, second = done.err.splitlines()
     assert first.startswith(f"error: {STAGE}: you may not delete services.serving.knative.dev (403 Forbidden)")
-    assert second == "error: deleted before that: 1 of 3; run the same command again"
+    assert second == "error: deleted: 1 of 3; run the same command again for what is left"
+    assert world.names("serviceaccounts") == ["toy"], "the stage that stays needs its account"
+
+
+def test_what_may_not_be_deleted_keeps_no_service_running(
+    stagecraft: Run, world: Any, fake: ModuleType, make: Make, write_files: Run
+) -> None:
+    folder = write_files(make("ServiceAccount", "toy"), service(make), make("EventType", "toy-wake", spec={}))
+    stagecraft("deploy", folder, *QUICK)
+    world.denied["DELETE", "eventtypes"] = lambda: fake.Answer(403, "not yours")
+    done = stagecraft("undeploy", folder, *QUICK)
+    assert (done.code, done.out.splitlines()) == (1, [f"{STAGE} deleted", f"{ACCOUNT} deleted"])
+    first, second = done.err.splitlines()
+    assert first.startswith("error: eventtype.eventing.knative.dev/toy-wake: not yours")
+    assert second == "error: deleted: 2 of 3; run the same command again for what is left"
+
+
+def test_undeploy_ends_when_the_cluster_answers_no_more(world: Any, toy: Path) -> None:
+    with connect(retry_waits_s=()) as cluster:
+        placed = locate(cluster, read_objects([toy])).placed
+        write(cluster, placed)
+        world.faults.append(lambda method, _path: "close" if method == "DELETE" else None)
+        with pytest.raises(ClusterError, match=r"deleted: 0 of 3") as caught:
+            remove(cluster, placed, lambda _one, _found: None)
+    assert len(caught.value.problems) == 2
 
 
 def test_status_of_the_cluster(
