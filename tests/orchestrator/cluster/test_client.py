@@ -53,6 +53,13 @@ def test_a_lost_connection_is_an_error_that_names_the_server(server: Any, world:
     assert len(world.requests) == 3
 
 
+def test_a_server_that_does_not_answer_in_time(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.cluster.client.REQUEST_TIMEOUT_S", 0.2)
+    world.delay_s["GET"] = 0.6
+    with connect(retry_waits_s=()) as cluster, pytest.raises(Unreachable, match=r"none within 0\.2 s"):
+        cluster.kind("v1", "ConfigMap")
+
+
 def test_a_server_that_is_not_there(fake: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake.Server() as gone:
         monkeypatch.setenv("KUBECONFIG", str(gone.kubeconfig(tmp_path / "kubeconfig")))
