@@ -40,9 +40,8 @@ ENTRY_POINTS = {
 REQUIREMENTS = {"results": "orchestrator"}  # the same environment
 FOREIGN = {
     "stage": {"kserve", "fastapi", "pandas", "kubernetes", "pytest", "mypy"},
-    **dict.fromkeys(
-        ("orchestrator", "results"), {"torch", "transformers", "accelerate", "functions-framework", "pytest", "mypy"}
-    ),
+    "orchestrator": {"torch", "transformers", "accelerate", "functions-framework", "pytest", "mypy"},
+    "results": {"torch", "transformers", "accelerate", "functions-framework", "pytest", "mypy"},
 }
 VENV = "/opt/venv"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -441,8 +442,16 @@ def _facts(what: Deployment, folder: Path, names: list[str], settings: tuple[Clu
 
 def _tell(what: Deployment, folder: Path, format: str, settings: tuple[ClusterSetting, ...]) -> None:
     """What to do next, and what the cluster must have for it."""
+    from orchestrator.render.concurrency import concurrency
     from orchestrator.render.settings import patch_commands
 
+    narrow = [name for name, one in zip(what.stage_names, concurrency(what), strict=True) if not one.holds_a_lane]
+    if narrow:
+        note(
+            f"The KV memory of {', '.join(narrow)} holds less than one lane: {what.workload.lane_width} sequences with "
+            f"{what.workload.tokens_per_sequence} tokens each. Fewer will travel together; give a lower --lane-width, "
+            "more --kv-memory, or cut the plan into more stages."
+        )
     if settings:
         note("The cluster's administrator has to set first, since Knative's defaults refuse it:")
         for command in patch_commands(settings):
@@ -455,7 +464,8 @@ def _tell(what: Deployment, folder: Path, format: str, settings: tuple[ClusterSe
             f"`make images` to a registry of yours, or, for kind, load them as {SIDE_LOADED}/{NAMED} and give "
             f"--image-registry {SIDE_LOADED}."
         )
+    shown = shlex.quote(str(folder))
     if format == "kn":
-        note(f"Next: kubectl apply -k {folder} && {folder}/deploy.sh")
+        note(f"Next: kubectl apply -k {shown} && {shlex.quote(str(folder / 'deploy.sh'))}")
     else:
-        note(f"Next: stagecraft deploy {folder}   (or: kubectl apply -k {folder})")
+        note(f"Next: stagecraft deploy {shown}   (or: kubectl apply -k {shown})")

@@ -22,6 +22,7 @@ class Concurrency:
     limit: int
     burst: int
     arithmetic: tuple[str, ...]
+    holds_a_lane: bool = True  # as far as anybody knows
 
 
 def concurrency(what: Deployment) -> tuple[Concurrency, ...]:
@@ -46,8 +47,16 @@ def concurrency(what: Deployment) -> tuple[Concurrency, ...]:
                 "never have so many requests at once; raise the limit, or give a lower --target"
             )
         lines = one.arithmetic if asked.target is None else ("as asked for",)
-        found.append(Concurrency(target, limit, _burst(what, limit), lines))
+        found.append(Concurrency(target, limit, _burst(what, limit), lines, _holds_a_lane(what, index, budgets[index])))
     return tuple(found)
+
+
+def _holds_a_lane(what: Deployment, index: int, kv_bytes: int | None) -> bool:
+    cost = what.plan.stages[index].cost
+    if cost is None or kv_bytes is None:
+        return True
+    tokens = what.workload.lane_width * what.workload.tokens_per_sequence
+    return kv_bytes >= tokens * loaded_cost(what, cost).kv_bytes_per_token
 
 
 def _stages(what: Deployment) -> Iterator[StageSpec]:

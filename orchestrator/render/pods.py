@@ -16,6 +16,7 @@ from orchestrator.cost import Cost
 from orchestrator.render.deployment import Batch, Deployment, DeploymentError, Resources, Toleration
 from orchestrator.render.noted import Noted, Tree
 from orchestrator.render.weights import Weights, weights
+from orchestrator.targets import CPU
 
 STAGE_IMAGE = "stagecraft/stage"
 ORCHESTRATOR_IMAGE = "stagecraft/orchestrator"
@@ -30,6 +31,10 @@ _RUNTIME_BYTES = 3 * _GIB // 2  # torch, Transformers and the buffers of a step,
 _GPU_HOST_BYTES = 4 * _GIB  # the same with CUDA's libraries
 _ON_THEIR_WAY = 8  # weights pass through host memory, up to four tensors at once; an embedding is the largest of them
 _KV_BYTES_MAX = 4 * _GIB
+# of orchestrator/settings.py
+_STEP_TIMEOUT_S = 120
+_STEP_TOKENS = 512
+_STEP_SLACK = 3
 _RESULTS_FOLDER = "/var/lib/stagecraft"
 _FETCH_BYTES_PER_S = 50_000_000  # of weights over a network, to be on the safe side
 _DEADLINE_S = 600  # Knative's own, and the orchestrator's; an image of several GB is pulled in that time
@@ -177,6 +182,8 @@ def orchestrator_environment(what: Deployment, deadline_s: int) -> dict[str, str
     more = {} if what.lane_width is None else {"ORCHESTRATOR_LANE_WIDTH": str(what.lane_width)}
     if deadline_s > _DEADLINE_S:
         more["ORCHESTRATOR_WAKE_TIMEOUT_S"] = str(deadline_s)
+    if (step_s := _longest_step_s(what)) > _STEP_TIMEOUT_S:
+        more["ORCHESTRATOR_STEP_TIMEOUT_S"] = str(math.ceil(step_s / 60) * 60)
     return {
         "ORCHESTRATOR_MODEL": what.plan.model,
         "ORCHESTRATOR_MODEL_NAME": what.plan.name,
@@ -184,6 +191,15 @@ def orchestrator_environment(what: Deployment, deadline_s: int) -> dict[str, str
         "ORCHESTRATOR_PLAN": what.plan.digest,
         **more,
     }
+
+
+def _longest_step_s(what: Deployment) -> float:
+    """Time that a step of prefill may take on CPUs, with a factor for what is not foreseen; 0 if nobody knows."""
+    costs = [stage.cost for stage in what.plan.stages if stage.cost is not None]
+    if what.stage is None or what.gpu is not None or not costs:
+        return 0.0
+    flops = max(cost.flops_per_token for cost in costs) * _STEP_TOKENS
+    return _STEP_SLACK * flops / (CPU.flops_per_s * max(1, what.threads_per_stage))
 
 
 def stage_budget(what: Deployment, index: int) -> Budget:

@@ -148,10 +148,10 @@ def deployer_role(what: Deployment) -> Tree:
         rules.append(("serving.kserve.io", ["inferenceservices", "servingruntimes"], writing))
     else:  # `status` looks for them where the cluster has KServe
         rules.append(("serving.kserve.io", ["inferenceservices"], ["get", "list"]))
-    if what.scoring is not None:
-        rules.append(("eventing.knative.dev", ["triggers"], writing))
-        if what.scoring.form == "sequence":
-            rules.append(("flows.knative.dev", ["sequences"], writing))
+    if what.batch is not None or what.scoring is not None:
+        rules.append(("eventing.knative.dev", ["brokers", "triggers"], writing))
+    if what.scoring is not None and what.scoring.form == "sequence":
+        rules.append(("flows.knative.dev", ["sequences"], writing))
     return {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "Role",

@@ -399,3 +399,21 @@ def test_help_has_examples(stagecraft: Command) -> None:
     done = stagecraft("render", "--help")
     assert done.code == 0
     assert done.out.count("stagecraft render plan.yaml -o deploy/") >= 3
+
+
+def test_a_memory_that_holds_no_lane_is_told(stagecraft: Any, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    assert stagecraft("plan", "demo", "--stages", 2, "-o", plan).code == 0
+    narrow = stagecraft("render", plan, "-o", tmp_path / "a", "--kv-memory", "1MiB")
+    assert "demo-stage-0, demo-stage-1 holds less than one lane: 64 sequences with 1024 tokens each" in narrow.err
+    assert "lane" not in stagecraft("render", plan, "-o", tmp_path / "b").err
+
+
+def test_a_slow_model_gets_more_time_for_a_step(root: Path, stagecraft: Any, tmp_path: Path) -> None:
+    plan = root / "tests" / "golden" / "llama-2-13b-5" / "plan.yaml"
+    assert stagecraft("render", plan, "-o", tmp_path / "cpu", "--cpu", "1").code == 0
+    name, value = "ORCHESTRATOR_STEP_TIMEOUT_S", 'value: "420"'
+    text = (tmp_path / "cpu" / "orchestrator.yaml").read_text()
+    assert text.split(name)[1].split("\n")[1].strip() == value
+    assert stagecraft("render", plan, "-o", tmp_path / "gpu", "--gpu-resource", "nvidia.com/gpu").code == 0
+    assert name not in (tmp_path / "gpu" / "orchestrator.yaml").read_text()
