@@ -30,7 +30,7 @@ from knative.resources.documents import Document
 
 KINDS = (
     "service", "revision", "pod", "configmap", "inferenceservice", "servingruntime", "clusterservingruntime", "broker",
-    "trigger",
+    "trigger", "sequence",
 )  # fmt: skip
 APPLY_BYTES_MAX = 16 << 20
 SHUTDOWN_S = 1.0  # for replies under way

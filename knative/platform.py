@@ -44,7 +44,18 @@ from knative.node import Node
 from knative.resources.config_maps import DefaultsConfig, FeaturesConfig
 from knative.resources.documents import SYSTEM_NAMESPACE, Document, parse
 from knative.resources.eventing import check_trigger_update
-from knative.resources.objects import Broker, ConfigMap, InferenceService, Resource, Service, ServingRuntime, Trigger
+from knative.resources.objects import (
+    Broker,
+    ConfigMap,
+    InferenceService,
+    Resource,
+    Service,
+    ServingRuntime,
+    Trigger,
+)
+from knative.resources.objects import (
+    Sequence as Flow,
+)
 from knative.resources.service import Settings
 from knative.revision import LogFile, Revision
 from knative.service import ServiceController
@@ -241,13 +252,13 @@ class Platform:
         )
         for resource in parsed.resources:
             self._check(resource)
-        if not dry_run and any(isinstance(resource, Broker) for resource in parsed.resources):
+        if not dry_run and any(isinstance(resource, Broker | Flow) for resource in parsed.resources):
             await self._eventing.open()
         applied = []
         for resource in parsed.resources:  # config maps come first, so that services start by them
             action = self._action(resource)
             if not dry_run and action != "unchanged":
-                self._take(resource)
+                await self._take(resource)
             applied.append(Applied(_kind(resource), resource.namespace, resource.name, action))
         if applied and parsed.warnings:
             applied[-1] = replace(applied[-1], note="\n".join(parsed.warnings))
@@ -277,6 +288,8 @@ class Platform:
             await self._eventing.remove_broker(key)
         elif kind == "trigger":
             await self._eventing.remove_trigger(key)
+        elif kind == "sequence" and key in self._eventing.sequences:
+            await self._eventing.remove_sequence(key)
         else:
             raise NotFound(f"{kind} {name!r} not found in namespace {namespace!r}")
 
@@ -344,11 +357,13 @@ class Platform:
                 before = self._eventing.brokers.get(key)
             case Trigger():
                 before = self._eventing.triggers.get(key)
+            case Flow():
+                before = self._eventing.sequences.get(key)
         if before is None:
             return "created"
         return "unchanged" if before == resource else "configured"
 
-    def _take(self, resource: Resource) -> None:
+    async def _take(self, resource: Resource) -> None:
         key = (resource.namespace, resource.name)
         match resource:
             case ConfigMap():
@@ -365,6 +380,8 @@ class Platform:
                 self._eventing.take_broker(resource)
             case Trigger():
                 self._eventing.take_trigger(resource)
+            case Flow():
+                await self._eventing.take_sequence(resource)
         self._route()
 
     def _run(self, service: Service) -> None:
@@ -467,6 +484,7 @@ class Platform:
             "clusterservingruntime": lambda: self._get_runtimes(of_cluster=True),
             "broker": lambda: self._with_status(self._eventing.get_brokers(self._broker_url)),
             "trigger": lambda: self._with_status(self._eventing.get_triggers()),
+            "sequence": lambda: self._with_status(self._eventing.get_sequences()),
         }
         return [one for one in kinds[kind]() if namespace in (None, one["metadata"].get("namespace", namespace))]
 
@@ -542,7 +560,7 @@ class Platform:
             yield self._without_status(config_map.manifest)
 
     def _with_status(
-        self, found: Iterator[tuple[Broker | Trigger, datetime, dict[str, Any]]]
+        self, found: Iterator[tuple[Broker | Trigger | Flow, datetime, dict[str, Any]]]
     ) -> Iterator[dict[str, Any]]:
         for one, made, status in found:
             metadata = {**_mapping(one.manifest.get("metadata")), "creationTimestamp": _rfc3339(made)}
@@ -624,6 +642,8 @@ def _kind(resource: Resource) -> str:
             return "inferenceservice.serving.kserve.io"
         case Broker() | Trigger():
             return f"{type(resource).__name__.lower()}.eventing.knative.dev"
+        case Flow():
+            return "sequence.flows.knative.dev"
         case ServingRuntime():
             return f"{'' if resource.namespace else 'cluster'}servingruntime.serving.kserve.io"
 

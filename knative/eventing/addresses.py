@@ -7,6 +7,7 @@ from urllib.parse import urljoin
 
 from knative.eventing.broker import HOST
 from knative.eventing.destination import Destination
+from knative.eventing.sequence import part_name
 from knative.resources.eventing import addressed_kind
 
 
@@ -17,12 +18,14 @@ def broker_url(namespace: str, name: str) -> str:
 
 def url_of(destination: Destination, exists: Callable[[str, str, str], bool]) -> str:
     """The URL; "" as long as what the reference names is not there. `exists` gets a kind (service, inferenceservice,
-    broker), a namespace and a name."""
+    broker, sequence), a namespace and a name."""
     if not destination.kind:
         return destination.uri
     kind, namespace, name = addressed_kind(destination), destination.namespace, destination.name
     if not exists(kind, namespace, name):
         return ""
+    if kind == "sequence":
+        return urljoin(broker_url(namespace, part_name(name, 0)), destination.uri)
     base = broker_url(namespace, name) if kind == "broker" else f"http://{name}.{namespace}.svc.cluster.local"
     return urljoin(base, destination.uri)
 

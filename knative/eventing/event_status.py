@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from knative.eventing.addresses import broker_url, not_found
 from knative.eventing.destination import Destination
 from knative.eventing.dispatcher import Counts
-from knative.resources.objects import Trigger
+from knative.eventing.sequence import part_name
+from knative.resources.objects import Sequence, Trigger
 
 _NO_SUBSCRIBER = "Unable to get the Subscriber's URI"
 _NO_SINK = "Unable to get the dead letter sink's URI"
@@ -47,6 +48,19 @@ def trigger_status(
         **({"deadLetterSinkUri": sink_url} if sink else {}),
         "conditions": [*parts, {**decisive, "type": "Ready"}],
         "deliveries": {"waiting": waiting, "deadLettersWaiting": dead_waiting},
+    }
+
+
+def sequence_status(sequence: Sequence, parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The block `status` from those of the Triggers that it runs as; `deliveries` of it is our own."""
+    every = list(parts)
+    ready = [part["conditions"][-1] for part in every]
+    decisive = next((one for one in ready if one["status"] != "True"), {"type": "Ready", "status": "True"})
+    address = {"name": "http", "url": broker_url(sequence.namespace, part_name(sequence.name, 0))}
+    return {
+        "address": address,
+        "conditions": [decisive],
+        "deliveries": {"waiting": sum(part["deliveries"]["waiting"] for part in every)},
     }
 
 

@@ -4,6 +4,8 @@
                        ^                                                              │
                        └────────────────────────── replies ───────────────────────────┘
 
+A Sequence is run as the Brokers and Triggers that it stands for (sequence.py).
+
 Filters are looked at when an event comes in. The deliveries of a Trigger belong to its name: they wait until a Trigger
 of that name, its Broker and its subscriber are there, also after a restart.
 """
@@ -26,11 +28,13 @@ from knative.eventing.destination import Destination
 from knative.eventing.dispatcher import Counts, Dispatcher, Route
 from knative.eventing.event import CloudEvent, InvalidEvent
 from knative.eventing.event_metrics import EventMetrics
-from knative.eventing.event_status import broker_status, not_applied, trigger_counts, trigger_status
+from knative.eventing.event_status import broker_status, not_applied, sequence_status, trigger_counts, trigger_status
+from knative.eventing.sequence import parts_of
 from knative.eventing.store import Delivery, EventStore, NewEvent, StoreError
 from knative.eventing.stored import to_store
 from knative.eventing.subscribers import Sender
 from knative.resources.objects import Broker, Trigger
+from knative.resources.objects import Sequence as Flow
 
 FILE = "events.sqlite"
 Key = tuple[str, str]  # namespace, name
@@ -54,6 +58,7 @@ class Eventing:
         self.path = folder / FILE
         self.brokers: dict[Key, Broker] = {}
         self.triggers: dict[Key, Trigger] = {}
+        self.sequences: dict[Key, Flow] = {}
         self._made: dict[tuple[str, Key], datetime] = {}
         self._sender = Sender(session, ingress)
         self._exists = exists
@@ -106,7 +111,31 @@ class Eventing:
     def take_trigger(self, trigger: Trigger) -> None:
         self._take("trigger", self.triggers, trigger)
 
-    def _take(self, kind: str, objects: dict[Key, Any], taken: Broker | Trigger) -> None:
+    async def take_sequence(self, sequence: Flow) -> None:
+        """With its Brokers and Triggers, in place of those that it had."""
+        before = self.sequences.get((sequence.namespace, sequence.name))
+        parts = list(parts_of(sequence))
+        for broker, trigger in parts:
+            self.take_broker(broker)
+            self.take_trigger(trigger)
+        self._take("sequence", self.sequences, sequence)
+        kept = {broker.name for broker, _ in parts}
+        for broker, _ in parts_of(before) if before else ():
+            if broker.name not in kept:
+                await self._remove_part((broker.namespace, broker.name))
+
+    async def remove_sequence(self, key: Key) -> None:
+        """With what waits in it."""
+        sequence = self.sequences.pop(key)
+        self._made.pop(("sequence", key), None)
+        for broker, _ in parts_of(sequence):
+            await self._remove_part((broker.namespace, broker.name))
+
+    async def _remove_part(self, key: Key) -> None:
+        await self.remove_trigger(key)
+        await self.remove_broker(key)
+
+    def _take(self, kind: str, objects: dict[Key, Any], taken: Broker | Trigger | Flow) -> None:
         key = (taken.namespace, taken.name)
         self._made.setdefault((kind, key), datetime.now(UTC))
         objects[key] = taken
@@ -162,7 +191,7 @@ class Eventing:
             store,
             self._sender,
             route=lambda: route(key),
-            intake=self._replies,
+            intake=lambda delivery, events: self._replies(key, delivery, events),
             arrived=self._arrived,
             observe=lambda code, seconds: self._metrics.observe(*key, code, seconds),
         )
@@ -198,9 +227,11 @@ class Eventing:
             for event in events
         ]
 
-    def _replies(self, delivery: Delivery, events: Sequence[CloudEvent]) -> list[NewEvent]:
+    def _replies(self, key: Key, delivery: Delivery, events: Sequence[CloudEvent]) -> list[NewEvent]:
         """Ready for the store; those that have passed too often are left out: so loops end."""
         namespace, _, name = delivery.event.broker.partition("/")
+        if (trigger := self.triggers.get(key)) is not None and trigger.reply is not None:
+            name = trigger.reply
         entered: list[CloudEvent] = []
         for event in events:
             try:
@@ -224,7 +255,8 @@ class Eventing:
         if trigger is None or not (url := self._url_of(trigger.subscriber)):
             return None
         dead = _targets(key)[1] if delivery.dead_letter else ""
-        return Route(url, trigger.namespace, delivery, trigger.max_in_flight, dead_letters=dead)
+        wants_reply = trigger.reply != ""
+        return Route(url, trigger.namespace, delivery, trigger.max_in_flight, wants_reply, dead_letters=dead)
 
     def _dead_route(self, key: Key) -> Route | None:
         trigger, delivery = self._delivery(key)
@@ -243,6 +275,8 @@ class Eventing:
         return url_of(destination, self._is_there)
 
     def _is_there(self, kind: str, namespace: str, name: str) -> bool:
+        if kind == "sequence":
+            return (namespace, name) in self.sequences
         return self.has_broker(namespace, name) if kind == "broker" else self._exists(kind, namespace, name)
 
     # -- what is shown
@@ -256,6 +290,13 @@ class Eventing:
         """Each with its age and its status."""
         for key, trigger in sorted(self.triggers.items()):
             yield trigger, self._made["trigger", key], self._status(key, trigger)
+
+    def get_sequences(self) -> Iterator[tuple[Flow, datetime, dict[str, Any]]]:
+        """Each with its age and its status."""
+        for key, sequence in sorted(self.sequences.items()):
+            keys = [(broker.namespace, broker.name) for broker, _ in parts_of(sequence)]
+            status = sequence_status(sequence, [self._status(one, self.triggers.get(one)) for one in keys])
+            yield sequence, self._made["sequence", key], status
 
     def status(self, url: Callable[[str, str], str]) -> dict[str, list[dict[str, Any]]]:
         """Counts since the start, and what waits, also for Triggers that are not applied."""

@@ -17,12 +17,13 @@ from knative.autoscaler.config import AUTOSCALER_KEYS, AutoscalerConfig
 from knative.errors import ValidationError
 from knative.resources import schema
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
-from knative.resources.eventing import EVENTING_API_VERSION, read_broker, read_trigger
+from knative.resources.eventing import EVENTING_API_VERSION, FLOWS_API_VERSION, read_broker, read_sequence, read_trigger
 from knative.resources.field_errors import FieldError, Problems
 from knative.resources.inference_service import INFERENCE_API_VERSION, read_inference_service
 from knative.resources.kinds import reason_to_skip, unknown_kind
 from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
 from knative.resources.objects import Broker, ConfigMap, InferenceService, Resource, ServingRuntime, Trigger
+from knative.resources.objects import Sequence as Flow
 from knative.resources.service import API_VERSION, ONLY_KPA, Settings, read_service
 from knative.resources.serving_runtime import RUNTIME_API_VERSION, check_priorities, read_runtime
 from knative.resources.trees import Tree, child, text, text_map
@@ -172,7 +173,7 @@ def _unfolded(found: Text, source: str) -> Iterator[Document]:
 _SETTINGS_KINDS = frozenset({("v1", "ConfigMap")})
 _RUNTIME_KINDS = frozenset({(RUNTIME_API_VERSION, kind) for kind in ("ServingRuntime", "ClusterServingRuntime")})
 
-EventObject = tuple[Broker | Trigger | None, Problems]
+EventObject = tuple[Broker | Trigger | Flow | None, Problems]
 _Object = tuple[Document, str, str]
 """A document, its apiVersion and its kind."""
 
@@ -239,6 +240,8 @@ class Parser:
             self._event_object(document, read_broker)
         elif (api_version, kind) == (EVENTING_API_VERSION, "Trigger"):
             self._event_object(document, read_trigger)
+        elif (api_version, kind) == (FLOWS_API_VERSION, "Sequence"):
+            self._event_object(document, read_sequence)
         else:
             self._other(document, api_version, kind)
 

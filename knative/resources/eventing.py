@@ -1,6 +1,7 @@
-"""A Broker or Trigger from a manifest: defaulting, then validation, as Knative's webhooks do them.
+"""A Broker, Trigger or Sequence from a manifest: defaulting, then validation, as Knative's webhooks do them.
 
-After pkg/apis/eventing/v1/{broker,trigger}_{defaults,validation}.go of knative/eventing.
+After pkg/apis/eventing/v1/{broker,trigger}_{defaults,validation}.go and pkg/apis/flows/v1/sequence_validation.go of
+knative/eventing.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from knative.eventing.filters import read_filter
 from knative.resources import schema
 from knative.resources.field_errors import Problems
 from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
-from knative.resources.objects import Broker, Trigger
+from knative.resources.objects import Broker, Sequence, Step, Trigger
 from knative.resources.service import follows
 from knative.resources.trees import Tree, child, text, text_map
 
 EVENTING_GROUP = "eventing.knative.dev"
 EVENTING_API_VERSION = f"{EVENTING_GROUP}/v1"
+FLOWS_GROUP = "flows.knative.dev"
+FLOWS_API_VERSION = f"{FLOWS_GROUP}/v1"
 MAX_IN_FLIGHT = "stagecraft.dev/max-in-flight"  # annotation of a Trigger
 _IN_FLIGHT, _IN_FLIGHT_MAX = 16, 1000
 _CLASS = f"{EVENTING_GROUP}/broker.class"
@@ -37,11 +40,12 @@ ADDRESSABLE = {
     ("serving.knative.dev", "Service"): "service",
     ("serving.kserve.io", "InferenceService"): "inferenceservice",
     (EVENTING_GROUP, "Broker"): "broker",
+    (FLOWS_GROUP, "Sequence"): "sequence",
 }
 
 
 def addressed_kind(destination: Destination) -> str:
-    """service, inferenceservice or broker; "" for other kinds."""
+    """service, inferenceservice, broker or sequence; "" for other kinds."""
     return ADDRESSABLE.get((destination.api_version.rpartition("/")[0], destination.kind), "")
 
 
@@ -82,6 +86,38 @@ def read_trigger(manifest: Mapping[str, object]) -> tuple[Trigger | None, Proble
     return _without_misfits(trigger, misfits, problems)
 
 
+def read_sequence(manifest: Mapping[str, object]) -> tuple[Sequence | None, Problems]:
+    """The Sequence, None if anything is wrong with the manifest; it never raises, whatever the manifest holds."""
+    tree, misfits, problems = _sifted(manifest, schema.SEQUENCE)
+    metadata, spec = child(tree, "metadata"), child(tree, "spec")
+    namespace = text(metadata, "namespace")
+    if "channelTemplate" in spec:
+        problems.warn("channelTemplate has no effect on one machine, whose channels are a file", "spec.channelTemplate")
+    steps = spec.get("steps")
+    if not isinstance(steps, list) or not steps:
+        problems.missing("spec.steps")
+        steps = []
+    reply = spec.get("reply")
+    sequence = Sequence(
+        namespace=namespace,
+        name=text(metadata, "name"),
+        steps=tuple(_step(step, namespace, problems, f"spec.steps[{index}]") for index, step in enumerate(steps)),
+        max_in_flight=_max_in_flight(text_map(metadata, "annotations"), problems),
+        reply=None if reply is None else _destination(reply, namespace, problems, "spec.reply"),
+        manifest=tree,
+    )
+    return _without_misfits(sequence, misfits, problems)
+
+
+def _step(tree: object, namespace: str, problems: Problems, path: str) -> Step:
+    """A Destination with a block `delivery` among its fields."""
+    if not isinstance(tree, Mapping):
+        return Step(_destination(tree, namespace, problems, path))
+    rest = {name: value for name, value in tree.items() if name != "delivery"}
+    delivery = _delivery(dict(tree), namespace, problems, f"{path}.delivery")
+    return Step(_destination(rest, namespace, problems, path), delivery)
+
+
 def check_trigger_update(old: Trigger, new: Trigger) -> None:
     """Raises ValidationError if the Trigger moves to another Broker (Trigger.CheckImmutableFields)."""
     if old.broker != new.broker:
@@ -111,15 +147,15 @@ def _without_misfits(found: T, misfits: Problems, problems: Problems) -> tuple[T
     return (None if problems.errors else found), problems
 
 
-def _delivery(spec: Tree, namespace: str, problems: Problems) -> DeliverySpec | None:
-    if "delivery" not in spec:
+def _delivery(spec: Tree, namespace: str, problems: Problems, path: str = "spec.delivery") -> DeliverySpec | None:
+    if spec.get("delivery") is None:
         return None
-    delivery = read_delivery(spec["delivery"], problems)
+    delivery = read_delivery(spec["delivery"], problems, path)
     if delivery.retry_after_max_s is not None:
-        problems.disallowed("spec.delivery.retryAfterMax", details=_RETRY_AFTER)
+        problems.disallowed(f"{path}.retryAfterMax", details=_RETRY_AFTER)
     if delivery.dead_letter is None:
         return delivery
-    sink = _local(delivery.dead_letter, namespace, problems, "spec.delivery.deadLetterSink")
+    sink = _local(delivery.dead_letter, namespace, problems, f"{path}.deadLetterSink")
     return replace(delivery, dead_letter=sink)
 
 

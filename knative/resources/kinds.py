@@ -7,12 +7,12 @@ from collections.abc import Mapping
 TAKEN = (
     "Service (serving.knative.dev/v1)", "InferenceService (serving.kserve.io/v1beta1)",
     "ServingRuntime, ClusterServingRuntime (serving.kserve.io/v1alpha1)", "Broker, Trigger (eventing.knative.dev/v1)",
-    "ConfigMap (v1)", "List (v1)",
+    "Sequence (flows.knative.dev/v1)", "ConfigMap (v1)", "List (v1)",
 )  # fmt: skip
 
 _NO_MEANING = "has no meaning on one machine"
 _NOT_RUN = "only Knative Services run on one machine, those of InferenceServices included"
-_EVENTING = "of eventing, one machine has Brokers and Triggers (eventing.knative.dev/v1)"
+_EVENTING = "of eventing, one machine has Broker, Trigger (eventing.knative.dev/v1), Sequence (flows.knative.dev/v1)"
 
 _EVENTING_GROUPS = (
     "eventing.knative.dev", "flows.knative.dev", "kafka.eventing.knative.dev", "messaging.knative.dev",

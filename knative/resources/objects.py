@@ -140,6 +140,27 @@ class Trigger:
     filter: Filter = field(default_factory=Filter, compare=False)  # made from the manifest, which is compared
     delivery: DeliverySpec | None = None
     manifest: Mapping[str, object] = field(default_factory=dict)
+    reply: str | None = None  # Broker that gets what the subscriber replies; None: the Trigger's own, "": nobody
 
 
-Resource = Service | ConfigMap | ServingRuntime | InferenceService | Broker | Trigger
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Of a Sequence. `delivery` None: one attempt."""
+
+    destination: Destination
+    delivery: DeliverySpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """flows.knative.dev/v1 Sequence: each step gets what the one before it replied. `max_in_flight` is each step's."""
+
+    namespace: str
+    name: str
+    steps: tuple[Step, ...]
+    max_in_flight: int
+    reply: Destination | None = None
+    manifest: Mapping[str, object] = field(default_factory=dict)
+
+
+Resource = Service | ConfigMap | ServingRuntime | InferenceService | Broker | Trigger | Sequence

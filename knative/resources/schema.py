@@ -283,6 +283,15 @@ TRIGGER = record(
         "status": OPEN,
     }
 )
+SEQUENCE = record(
+    {
+        "apiVersion": STRING,
+        "kind": STRING,
+        "metadata": METADATA,
+        "spec": record({"channelTemplate": OPEN, "reply": OPEN, "steps": OPEN}),
+        "status": OPEN,
+    }
+)
 
 # field of the pod spec -> flag of config-features that lets it pass (pkg/apis/serving/fieldmask.go PodSpecMask)
 POD_FLAGS: Mapping[str, str] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 
 import aiohttp
 
@@ -69,8 +70,9 @@ class BrokerClient:
         while True:
             await self._patience.ready()
             try:
+                # in pieces: a chunk of events as bytes would be one long write, during which nothing else is done
                 async with self._http.post(
-                    self._url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+                    self._url, data=BytesIO(body), headers=headers, timeout=timeout, allow_redirects=False
                 ) as answer:
                     text = " ".join((await answer.text(errors="replace")).split())[:300] or str(answer.reason)
             except aiohttp.InvalidURL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from orchestrator.batches.patience import RETRIED, Patience, Tell
 
 PAGE_LINES = 1000
 WAIT_S = 10
+_PAUSE_S = 0.1  # behind a page with room left: else every result would have a page of its own
 _SLACK_S = 50.0  # beyond the wait: a service that is at zero has to come up
 
 
@@ -97,6 +99,8 @@ async def collect(journal: Journal, results: ResultsClient) -> None:
         page = await results.page(journal.state.batch, journal.state.after, wait_s=WAIT_S)
         if page.lines:
             journal.receive(page.lines, page.next)
+            if len(page.lines) < PAGE_LINES and not journal.state.is_over:
+                await asyncio.sleep(_PAUSE_S)
 
 
 async def collect_present(journal: Journal, results: ResultsClient) -> None:

@@ -17,6 +17,7 @@ from knative.eventing.event import CloudEvent
 REQUEST = "dev.stagecraft.batch.request.v1"
 RESULT = "dev.stagecraft.batch.result.v1"
 CANCEL = "dev.stagecraft.batch.cancel.v1"
+SCORE = "dev.stagecraft.stage.score.v1"  # of functions/contract/scoring.py, which a small service need not import
 
 
 def request_id(batch: str, custom_id: str) -> str:

@@ -29,7 +29,7 @@ from starlette.routing import Route
 from knative.errors import KnativeError, NotFound
 from knative.eventing.event import CloudEvent, InvalidEvent
 from knative.eventing.http_binding import EventTooLarge, Limits, parse
-from orchestrator.batches.events import CANCEL, REQUEST, RESULT
+from orchestrator.batches.events import CANCEL, REQUEST, RESULT, SCORE
 from orchestrator.batches.group_commit import GroupCommit
 from orchestrator.batches.lines import OutputLineError, error_output, parse_output
 from orchestrator.batches.results_store import Cancellation, DeadLetter, Item, Result, ResultsStore
@@ -178,7 +178,7 @@ def items_of_dead_letter(event: CloudEvent) -> list[Item]:
     if event.type == RESULT:
         with suppress(InvalidEvent):  # then it was given up for a reason
             items.append(item_of(event))
-    elif event.type == REQUEST and batch and custom_id:
+    elif event.type in (REQUEST, SCORE) and batch and custom_id:
         message = f"The broker gave this request up: {facts['error_dest']} answered {facts['error_code']}."
         if facts["error_data"]:
             message += f" {facts['error_data']}"

@@ -15,6 +15,7 @@ from orchestrator.cli.local import app as local
 from orchestrator.cli.plan import plan
 from orchestrator.cli.profile import profile
 from orchestrator.cli.render import render
+from orchestrator.cli.score import score
 from orchestrator.cli.status import status
 from orchestrator.cli.top import top
 from orchestrator.cli.up import up
@@ -32,6 +33,7 @@ app.command()(plan)
 app.command()(profile)
 app.command()(render)
 app.command()(generate)
+app.command()(score)
 app.command()(deploy)
 app.command()(undeploy)
 app.command()(status)

@@ -20,6 +20,7 @@ KINDS = {
     ("serving.kserve.io", "ClusterServingRuntime"): "clusterservingruntime",
     ("eventing.knative.dev", "Broker"): "broker",
     ("eventing.knative.dev", "Trigger"): "trigger",
+    ("flows.knative.dev", "Sequence"): "sequence",
     ("", "ConfigMap"): "configmap",
 }
 

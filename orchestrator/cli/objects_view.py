@@ -191,5 +191,13 @@ _COLUMNS: dict[str, list[Column]] = {
         ("READY", _ready),
         ("REASON", _reason),
     ],
+    "sequence": [
+        _NAME,
+        ("URL", _address),
+        ("WAITING", lambda item: item.get("status", {}).get("deliveries", {}).get("waiting", "")),
+        _AGE,
+        ("READY", _ready),
+        ("REASON", _reason),
+    ],
     "configmap": [_NAME, ("DATA", lambda item: len(item.get("data") or {})), _AGE],
 }

@@ -28,6 +28,7 @@ KINDS = {
     ),
     **dict.fromkeys(("broker", "brokers", "brokers.eventing.knative.dev"), "broker"),
     **dict.fromkeys(("trigger", "triggers", "triggers.eventing.knative.dev"), "trigger"),
+    **dict.fromkeys(("sequence", "sequences", "sequences.flows.knative.dev"), "sequence"),
 }
 FULL_KINDS = {
     "service": "service.serving.knative.dev",
@@ -37,6 +38,7 @@ FULL_KINDS = {
     "clusterservingruntime": "clusterservingruntime.serving.kserve.io",
     "broker": "broker.eventing.knative.dev",
     "trigger": "trigger.eventing.knative.dev",
+    "sequence": "sequence.flows.knative.dev",
 }
 
 
@@ -93,7 +95,7 @@ def kind_named(text: str) -> str:
     if kind is None:
         fail(
             f"there is no kind {text!r}; there are services (ksvc), revisions (rev), pods (po), configmaps (cm), "
-            "inferenceservices (isvc), servingruntimes, clusterservingruntimes, brokers, triggers",
+            "inferenceservices (isvc), servingruntimes, clusterservingruntimes, brokers, triggers, sequences",
             2,
         )
     return kind

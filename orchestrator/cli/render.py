@@ -186,8 +186,13 @@ def render(
         typer.Option(help="Volume claim that keeps results; without it they end with the pod.", rich_help_panel=_BATCH),
     ] = "",
     batch_in_flight: Annotated[
-        int, typer.Option(help="Requests of batches in the orchestrator at once.", rich_help_panel=_BATCH)
-    ] = 64,
+        int | None,
+        typer.Option(
+            help="Requests of batches in the orchestrator at once; by default as many as it takes.",
+            rich_help_panel=_BATCH,
+            show_default=False,
+        ),
+    ] = None,
     scoring: Annotated[
         Literal["triggers", "sequence"] | None,
         typer.Option(

@@ -17,6 +17,7 @@ from orchestrator.render.noted import Noted, Tree
 from orchestrator.render.pods import results_pod
 
 IN_FLIGHT = "stagecraft.dev/max-in-flight"
+IN_FLIGHT_MAX = 1000  # that a Trigger may say
 DEAD_LETTERS = "/dead-letters"
 _RETRIES = 12  # 1 s, 2 s, 4 s, ... over an hour in all
 
@@ -63,8 +64,8 @@ def triggers(what: Deployment, batch: Batch) -> list[Tree]:
     results = _service(results_name(what), "/")
     of_model = {"model": what.plan.name}
     requests = _trigger(what, batch, "requests", {"type": REQUEST, **of_model}, orchestrator)
-    note = "as many as travel in a lane: more would only wait in the orchestrator. For Knative on one machine"
-    requests["metadata"]["annotations"] = {IN_FLIGHT: Noted(str(batch.max_in_flight), note)}
+    note = "sequences of a full chain, and a lane more to take their places. For Knative on one machine"
+    requests["metadata"]["annotations"] = {IN_FLIGHT: Noted(str(_in_flight(what, batch)), note)}
     requests["spec"]["delivery"] = {
         "retry": Noted(_RETRIES, "a busy orchestrator answers 429; brokers that ignore Retry-After count it as a try"),
         "backoffPolicy": "exponential",
@@ -92,6 +93,11 @@ def _trigger(what: Deployment, batch: Batch, name: str, attributes: dict[str, st
         },
         "spec": {"broker": batch.broker, "filter": {"attributes": attributes}, "subscriber": subscriber},
     }
+
+
+def _in_flight(what: Deployment, batch: Batch) -> int:
+    """As many as the orchestrator takes (ORCHESTRATOR_BATCH_REQUESTS_MAX): with fewer its lanes are not full."""
+    return batch.max_in_flight or min(IN_FLIGHT_MAX, what.workload.lane_width * (len(what.plan.stages) + 1))
 
 
 def _service(name: str, path: str) -> dict[str, Any]:

@@ -255,14 +255,14 @@ class Batch:
     broker: str = "default"
     results_claim: str = ""  # volume claim; without one, results live as long as the pod
     results_file: str = ""  # on one machine, instead of a claim
-    max_in_flight: int = 64  # requests in the orchestrator at once
+    max_in_flight: int | None = None  # requests in the orchestrator at once; None: as many as it takes
 
     def __post_init__(self) -> None:
         if not is_dns_1123_subdomain(self.broker):
             raise DeploymentError(f"--broker must be the name of a Broker (DNS-1123), got {self.broker!r}")
         if self.results_claim and not is_dns_1123_subdomain(self.results_claim):
             raise DeploymentError(f"--results-claim must be the name of a volume claim, got {self.results_claim!r}")
-        if self.max_in_flight < 1:
+        if self.max_in_flight is not None and self.max_in_flight < 1:
             raise DeploymentError(f"--batch-in-flight must be at least 1, got {self.max_in_flight}")
 
 

@@ -102,7 +102,7 @@ def undisturbed(make_chain: Callable[..., list[StageService]]) -> dict[str, list
     return run(Broker(make_chain("")), *(first_event(number) for number in range(3)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_every_text_has_one_answer_whatever_is_repeated(
     make_chain: Callable[..., list[StageService]], undisturbed: dict[str, list[bytes]], data: st.DataObject

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from functions.contract import events, scoring
 from functions.contract.errors import InvalidEvent, PromptTooLong
@@ -150,6 +152,28 @@ def test_two_stages_score_what_a_broker_carries_between_them(stages: list[Any]) 
     assert (one["tokens"], len(one["logprobs"]), other["logprobs"]) == (text, 5, [None])
     assert one["sum"] == pytest.approx(sum(one["logprobs"][1:]))
     assert line["response"]["body"]["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+
+
+def test_events_of_scoring_are_as_the_schema_says(stages: list[Any], root: Path) -> None:
+    schema = json.loads((root / "docs" / "events.schema.json").read_text())
+    validator = Draft202012Validator(schema)
+    headers = headers_of(stages[0])
+    first = stages[0].post(headers, body_of([1, 2]))
+    last = relay(stages[1], first)
+    for sent, body in ((headers, body_of([1, 2])), (first.headers, first.content), (last.headers, last.content)):
+        event: dict[str, Any] = {name[3:]: value for name, value in sent.items() if name.startswith("ce-")}
+        event["datacontenttype"] = sent["content-type"]
+        size = int.from_bytes(body[:8], "little")
+        event["data"] = json.loads(body[8 : 8 + size] if event["type"] == SCORE else body)
+        validator.validate(event)
+        if event["type"] == SCORE:
+            ask = Draft202012Validator({"$ref": "#/$defs/ask", "$defs": schema["$defs"]})
+            ask.validate(json.loads(event["data"]["__metadata__"]["ask"]))
+            validator.validate(
+                {**{name: event[name] for name in event if name != "data"}, "dataref": f"s3://b/{'a' * 32}"}
+            )
+            assert not validator.is_valid({name: event[name] for name in event if name != "data"})
+            assert not validator.is_valid({**event, "data": {"tokens": event["data"]["tokens"]}})
 
 
 def test_embeddings_have_openai_form(stages: list[Any]) -> None:

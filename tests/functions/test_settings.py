@@ -34,6 +34,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "MODEL": "s3://b/m", "BLOCKS": "0:3", "INDEX": "1", "COUNT": "4", "PLAN": "ab", "MODEL_NAME": "n",
         "DTYPE": "bfloat16", "DEVICE": "cuda:1", "KV_BYTES_MAX": "123", "BODY_BYTES_MAX": "456", "THREADS": "2",
         "REPLICA": "10.0.0.1:8012", "KV_SHARE": "0.5", "MODEL_WAIT_S": "7.5",
+        "SCORE_TOKENS_MAX": "9", "CLAIMS": "s3://b/c", "CLAIM_BYTES": "0", "CLAIM_AGE_S": "1.5",
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(f"STAGE_{name}", value)
@@ -48,6 +49,12 @@ WRONG = [
     ("DTYPE", "int8", "float32"), ("DEVICE", "tpu", "match"), ("KV_BYTES_MAX", "0", "greater"),
     ("KV_BYTES_MAX", "2GiB", "integer"), ("BODY_BYTES_MAX", "-1", "greater"), ("THREADS", "-2", "greater"),
 ]  # fmt: skip
+
+
+def test_claims_that_cannot_be_opened_are_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_CLAIMS", "floppy://a/claims")
+    with pytest.raises(SettingsError, match="STAGE_CLAIMS is 'floppy://a/claims'"):
+        read_settings().open_claims()
 
 
 @pytest.mark.parametrize(("name", "value", "hint"), WRONG)

@@ -152,7 +152,7 @@ def test_a_config_map_with_a_number_is_refused() -> None:
         ("monitoring.coreos.com/v1", "PodMonitor"),
         ("monitoring.coreos.com/v1", "ServiceMonitor"),
         ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding"),
-        ("flows.knative.dev/v1", "Sequence"),
+        ("flows.knative.dev/v1", "Parallel"),
         ("messaging.knative.dev/v1", "Channel"),
         ("eventing.knative.dev/v1beta2", "EventType"),
         ("kustomize.config.k8s.io/v1beta1", "Kustomization"),
@@ -185,7 +185,7 @@ def test_an_unknown_kind_is_an_error_that_names_the_known_ones(api_version: str,
         f'f.yaml:2: no matches for kind "{kind}" in version "{api_version}"\nknown are '
         "Service (serving.knative.dev/v1), InferenceService (serving.kserve.io/v1beta1), ServingRuntime, "
         "ClusterServingRuntime (serving.kserve.io/v1alpha1), Broker, Trigger (eventing.knative.dev/v1), "
-        "ConfigMap (v1), List (v1); kinds that only a cluster needs are skipped"
+        "Sequence (flows.knative.dev/v1), ConfigMap (v1), List (v1); kinds that only a cluster needs are skipped"
     )
 
 

@@ -91,6 +91,16 @@ def test_a_reader_waits_for_what_comes(results_service: Any) -> None:
     assert json.loads(answers[0].text)["custom_id"] == "a"
 
 
+def test_a_text_that_was_given_up_gets_a_result_too(results_service: Any) -> None:
+    from functions.contract.scoring import SCORE
+
+    core = {"specversion": "1.0", "id": "s", "source": "s", "type": SCORE, "batch": "scored", "customid": "a"}
+    event = CloudEvent.build({**core, "stage": "1"}, b"{}").changed({"knativeerrorcode": 503})
+    assert post(results_service.url, event, path="/dead-letters").status_code == 202
+    (line,) = results_service.lines("scored")
+    assert (line["custom_id"], line["error"]["code"]) == ("a", "undeliverable")
+
+
 def test_dead_letters_are_kept_and_end_the_waiting_for_their_request(results_service: Any) -> None:
     errors = {"knativeerrorcode": 503, "knativeerrordest": "http://m/events", "knativeerrordata": "bm8gcm9vbQ=="}
     request = request_event("dead", "a", "m", b'{"custom_id": "a"}').changed(errors)

@@ -21,7 +21,7 @@ TEXTS = [
     {"tokens": [1] * 3000, "custom_id": "too long"},
 ]
 LINES = "".join(f"{json.dumps(line)}\n" for line in TEXTS)
-FORMS = ["triggers"]
+FORMS = ["triggers", "sequence"]
 
 
 @pytest.fixture(scope="module")
