@@ -36,7 +36,7 @@ def main(
 ) -> None:
     """Measure Stagecraft beside its peers, on two cores of this machine.
 
-    Each figure ends as a row of a table and as a JSON line. It takes about twenty minutes; let nothing else run.
+    Each figure ends as a row of a table and as a JSON line. It takes about half an hour; let nothing else run.
 
     [bold]Examples[/]
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.bench import MeasureError
 
@@ -17,39 +17,50 @@ _LENGTH = b"content-length:"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A POST of `body` to a path of HOST:PORT; the answer must be `body` again."""
+    """A POST of `body` to a path of HOST:PORT; the answer must have this status and be `answer` (None: anything)."""
 
     address: str
     path: str
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+    status: int = 200
+    answer: bytes | None = None
+
+    @classmethod
+    def echo(cls, address: str, path: str, body: bytes) -> Target:
+        """One that answers with what it got."""
+        return cls(address, path, body, answer=body)
 
     @property
     def request(self) -> bytes:
-        head = f"POST {self.path} HTTP/1.1\r\nHost: {self.address}\r\nContent-Length: {len(self.body)}\r\n\r\n"
-        return head.encode() + self.body
+        headers = {"Host": self.address, **self.headers, "Content-Length": str(len(self.body))}
+        lines = [f"POST {self.path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + self.body
 
 
 async def latencies_s(target: Target, count: int) -> list[float]:
     """Of `count` requests one after another over one connection. Raises MeasureError."""
     found = []
-    async with _connection(target) as connection:
+    request = target.request
+    async with _connection(target.address) as connection:
         for _ in range(count):
             started_s = time.perf_counter()
-            await connection.exchange()
+            await connection.exchange(target, request)
             found.append(time.perf_counter() - started_s)
     return found
 
 
 async def requests_per_s(target: Target, connections: int, duration_s: float) -> float:
     """Of all connections together, each with its next request as soon as it has the answer. Raises MeasureError."""
+    request = target.request
     started_s = time.perf_counter()
     ends_s = started_s + duration_s
 
     async def one() -> int:
         count = 0
-        async with _connection(target) as connection:
+        async with _connection(target.address) as connection:
             while time.perf_counter() < ends_s:
-                await connection.exchange()
+                await connection.exchange(target, request)
                 count += 1
         return count
 
@@ -57,29 +68,44 @@ async def requests_per_s(target: Target, connections: int, duration_s: float) ->
     return sum(counts) / (time.perf_counter() - started_s)
 
 
+async def answers(targets: Sequence[Target], connections: int) -> list[bytes]:
+    """Of one request to each of the targets, which are at one address; each connection takes the next one as soon as
+    it has an answer. Raises MeasureError."""
+    found = [b""] * len(targets)
+    left = iter(enumerate(targets))
+
+    async def some() -> None:
+        async with _connection(targets[0].address) as connection:
+            for index, target in left:
+                found[index] = await connection.exchange(target, target.request)
+
+    await asyncio.gather(*(some() for _ in range(connections)))
+    return found
+
+
 class _Connection:
-    def __init__(self, target: Target, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._target = target
-        self._request = target.request
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
 
-    async def exchange(self) -> None:
-        self._writer.write(self._request)
+    async def exchange(self, target: Target, request: bytes) -> bytes:
+        """The body of the answer; `request` is that of `target`, which costs something to make."""
+        self._writer.write(request)
         try:
             head = await self._reader.readuntil(b"\r\n\r\n")
             body = await self._reader.readexactly(_content_length(head))
         except (asyncio.IncompleteReadError, OSError) as error:
-            raise MeasureError(f"{self._target.address} closed the connection: {error}") from None
-        if not head.startswith(b"HTTP/1.1 200 ") or body != self._target.body:
-            raise MeasureError(f"{self._target.address} answered {head.splitlines()[0].decode()}: {body[:200]!r}")
+            raise MeasureError(f"{target.address} closed the connection: {error}") from None
+        if not head.startswith(b"HTTP/1.1 %d " % target.status) or target.answer not in (None, body):
+            raise MeasureError(f"{target.address} answered {head.splitlines()[0].decode()}: {body[:200]!r}")
+        return body
 
 
 @asynccontextmanager
-async def _connection(target: Target) -> AsyncIterator[_Connection]:
-    host, _, port = target.address.rpartition(":")
+async def _connection(address: str) -> AsyncIterator[_Connection]:
+    host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
-        yield _Connection(target, reader, writer)
+        yield _Connection(reader, writer)
     finally:
         writer.close()
 

@@ -36,11 +36,18 @@ _numbers = itertools.count()
 
 
 class RunningPlatform:
-    """`url` is that of the ingress. Methods raise MeasureError."""
+    """`url` is that of the ingress; what outlives the platform lies in `data_folder`. Methods raise MeasureError."""
 
-    def __init__(self, url: str, client: Client) -> None:
+    def __init__(self, url: str, pid: int, data_folder: Path, client: Client) -> None:
         self.url = url
+        self.pid = pid
+        self.data_folder = data_folder
         self._client = client
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the ingress."""
+        return self.url.removeprefix("http://")
 
     def service_url(self, name: str) -> str:
         return f"{self.url}/{NAMESPACE}/{name}"
@@ -63,6 +70,12 @@ class RunningPlatform:
             status = await asyncio.to_thread(self._client.status)
         return {one["service"]: one for one in status["revisions"]}
 
+    async def triggers(self) -> dict[str, dict[str, Any]]:
+        """What `stagecraft status` counts, by name: waiting, delivered, and so on."""
+        with _as_measure_error():
+            status = await asyncio.to_thread(self._client.status)
+        return {one["name"]: one for one in status["triggers"]}
+
     async def settled(self, wanted: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """The revisions, once each of the services has a ready replica and its activator in or out of the path:
         `wanted` says proxy or serve."""
@@ -84,12 +97,14 @@ async def running_platform(
     table = bench.folder / f"{name}.yaml"
     table.write_text(json.dumps(images))  # which is YAML too
     # replicas end as soon as they have answered: between two rounds nobody should wait for late requests
+    data = bench.folder / f"{name}-data"
     arguments = ["orchestrator.cli", "local", "start", "--name", name, "--port", "0", "--drain-quiet", "0s", "--json"]
+    arguments += ["--data-dir", str(data)]
     arguments += ["--images", str(table), "--log-dir", str(bench.log_dir / name), *([] if fork else ["--no-fork"])]
     async with program(arguments, CORES, own_registry(bench), bench.log_dir / f"{name}.log") as running:
         facts = await running.read_line()
         with Client(Path(facts["control"])) as client:
-            platform = RunningPlatform(facts["url"], client)
+            platform = RunningPlatform(facts["url"], facts["pid"], data, client)
             await platform.apply([AUTOSCALER])
             yield platform
 
@@ -97,7 +112,7 @@ async def running_platform(
 def deployable(model: Path, name: str, stages: int, threads: int, scaling: Scaling, **options: Any) -> Deployment:
     """The model in `stages` stages on the CPU in float32, under service names that begin with `name`."""
     plan = plan_by_stages(open_checkpoint(str(model)), stages, dtype="float32", name=name, model=str(model))
-    memory = {"kv_bytes_max": 256 << 20, "weights": WeightSource(f"file://{model}")}
+    memory: dict[str, Any] = {"kv_bytes_max": 256 << 20, "weights": WeightSource(f"file://{model}")}
     return Deployment(
         plan, namespace=NAMESPACE, scaling=scaling, device="cpu", threads_per_stage=threads, **(memory | options)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from benchmarks.bench import Bench
-from benchmarks.figures import hop, latency, memory, path, slow, startup, throughput, wake
+from benchmarks.figures import batch, events, hop, latency, memory, path, slow, startup, throughput, wake
 from benchmarks.report import Section
 
 Measure = Callable[[Bench], Awaitable[list[Section]]]
@@ -18,5 +18,7 @@ FIGURES: dict[str, Measure] = {
     "wake": wake.measure,
     "startup": startup.measure,
     "slow": slow.measure,
+    "events": events.measure,
+    "batch": batch.measure,
     "memory": memory.measure,
 }

@@ -65,10 +65,10 @@ async def _ways(platform: RunningPlatform) -> dict[str, Target]:
     port = psutil.Process(pod["pid"]).environ()["PORT"]
     ingress = platform.url.removeprefix("http://")
     return {
-        PEER: Target(f"127.0.0.1:{port}", "/", BODY),
-        QUEUE_PROXY: Target(pod["address"], "/", BODY),
-        SERVE: Target(ingress, "/default/served/", BODY),
-        PROXY: Target(ingress, "/default/proxied/", BODY),
+        PEER: Target.echo(f"127.0.0.1:{port}", "/", BODY),
+        QUEUE_PROXY: Target.echo(pod["address"], "/", BODY),
+        SERVE: Target.echo(ingress, "/default/served/", BODY),
+        PROXY: Target.echo(ingress, "/default/proxied/", BODY),
     }
 
 

@@ -34,15 +34,17 @@ class Refusal:
 
 
 class BrokerClient:
-    """`url` is a broker's address, http://HOST/NAMESPACE/BROKER. What it waits for is told."""
+    """`url` is a broker's address, http://HOST/NAMESPACE/BROKER. What it waits for is told.
 
-    def __init__(self, http: aiohttp.ClientSession, url: str, tell: Tell) -> None:
+    `is_known`: it has taken something before, so that it is a broker, and a 404 means that it is started again."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, tell: Tell, *, is_known: bool = False) -> None:
         self._http = http
         self._url = url
         self._patience = Patience(tell)
         self._slots = asyncio.Semaphore(SINGLE_AT_ONCE)
         self._takes_batches = True
-        self._is_known = False  # it has taken something, so that it is a broker
+        self._is_known = is_known
 
     async def deliver(self, events: Sequence[CloudEvent]) -> dict[str, Refusal]:
         """Returns when the broker has accepted all events but those in the answer (by id), which it will never take.

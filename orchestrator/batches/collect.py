@@ -30,13 +30,15 @@ class Page:
 
 
 class ResultsClient:
-    """`url` is the address of a results service. What it waits for is told. Its calls raise ServiceError."""
+    """`url` is the address of a results service. What it waits for is told. Its calls raise ServiceError.
 
-    def __init__(self, http: aiohttp.ClientSession, url: str, tell: Tell) -> None:
+    `is_known`: it has answered before, so that a 404 means that it is started again."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, tell: Tell, *, is_known: bool = False) -> None:
         self._http = http
         self._url = url.rstrip("/")
         self._patience = Patience(tell)
-        self._is_known = False
+        self._is_known = is_known
 
     async def page(self, batch: str, after: int, *, wait_s: int = 0) -> Page:
         """What came after number `after`; without anything new it waits for up to `wait_s`."""

@@ -94,7 +94,7 @@ def session() -> aiohttp.ClientSession:
 async def _send(journal: Journal, http: aiohttp.ClientSession, teller: Teller) -> None:
     if journal.state.all_sent or journal.state.cancelling:
         return
-    broker = BrokerClient(http, journal.state.broker, teller.trouble)
+    broker = BrokerClient(http, journal.state.broker, teller.trouble, is_known=journal.state.sent > 0)
     try:
         stream = open_input(journal.state)
         try:
@@ -121,7 +121,7 @@ def open_input(state: State) -> BinaryIO:
 def _results(journal: Journal, http: aiohttp.ClientSession, teller: Teller) -> ResultsClient:
     if journal.state.results is None:
         raise ServiceError("nobody said where the results are; name the results service with --results")
-    return ResultsClient(http, journal.state.results, teller.trouble)
+    return ResultsClient(http, journal.state.results, teller.trouble, is_known=journal.state.finished > 0)
 
 
 def _raise_first(tasks: list[asyncio.Task[None]]) -> None:

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from benchmarks.bench import MeasureError
-from benchmarks.http_load import Target, latencies_s, requests_per_s
-from benchmarks.peers import echo_peer
+from benchmarks.http_load import Target, answers, latencies_s, requests_per_s
+from benchmarks.peers import echo_peer, program
 from benchmarks.streams import first_text_s
 
 EVENT = b'data: {"choices": [{"text": "%s"}]}\n\n'
@@ -34,7 +34,7 @@ async def answering(content: bytes, status: bytes = b"200 OK") -> AsyncIterator[
 
 async def test_load_client_gets_its_answers_from_a_real_server() -> None:
     async with echo_peer() as url:
-        target = Target(url.removeprefix("http://").rstrip("/"), "/", b"x" * 10_000)
+        target = Target.echo(url.removeprefix("http://").rstrip("/"), "/", b"x" * 10_000)
         assert len(await latencies_s(target, 3)) == 3
         assert await requests_per_s(target, 2, 0.05) > 0
 
@@ -43,13 +43,28 @@ async def test_load_client_gets_its_answers_from_a_real_server() -> None:
 async def test_another_body_or_status_is_no_answer(content: bytes, status: bytes) -> None:
     async with answering(content, status) as address:
         with pytest.raises(MeasureError, match="answered"):
-            await latencies_s(Target(address, "/", b"body"), 1)
+            await latencies_s(Target.echo(address, "/", b"body"), 1)
+
+
+async def test_answers_come_in_the_order_of_the_requests() -> None:
+    async with echo_peer() as url:
+        address = url.removeprefix("http://").rstrip("/")
+        bodies = [b"%d" % number for number in range(20)]
+        assert await answers([Target.echo(address, "/", body) for body in bodies], 3) == bodies
+
+
+async def test_headers_are_sent_and_another_status_can_be_expected() -> None:
+    async with program(["benchmarks.peer_accept"], 1) as accept:
+        address = f"127.0.0.1:{(await accept.read_line())['port']}"
+        target = Target(address, "/", b"{}", {"ce-id": "1"}, 202)
+        assert b"ce-id: 1\r\n" in target.request
+        assert await answers([target], 1) == [b""]
 
 
 async def test_a_connection_that_closes_is_told() -> None:
     async with answering(b"body") as address:
         with pytest.raises(MeasureError, match="closed the connection"):
-            await latencies_s(Target(address, "/", b"body"), 2)
+            await latencies_s(Target.echo(address, "/", b"body"), 2)
 
 
 async def test_first_text_is_not_the_first_event() -> None:

@@ -30,6 +30,17 @@ EXPECTED = {
         "replicas, stage 2, 10 ms a step",
         "replicas, slow stage",
     ],
+    "events": [
+        "accepted, single, 8 connections",
+        "accepted, single, 64 connections",
+        "accepted, batches of 100, 8 connections",
+        "delivered, 16 in flight",
+        "delivered, 64 in flight",
+        "2,000 queued, accepted in batches of 1,000",
+        "2,000 queued, memory of the platform",
+        "2,000 queued, files",
+    ],
+    "batch": ["batch demo, 16 tokens out"],
     "memory": ["base: a stage next to empty", "2 stages: stage 0", "2 stages: stage 1"],
 }
 
@@ -53,7 +64,7 @@ def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
     assert all(line["value"] > 0 and line["n"] == 1 and line["unit"] for line in lines)
     assert all(line["ratio"] > 0 for line in lines if "peer" in line)
     # tokens that differ from the peer's are noted, and would make the figure worthless
-    assert not any("tokens" in line.get("note", "") for line in lines)
+    assert not any("tokens" in line.get("note", "") or "texts" in line.get("note", "") for line in lines)
     written = json.loads(output.read_text())
     assert written["figures"] == lines
     assert written["quick"] is True

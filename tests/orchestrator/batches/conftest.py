@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -23,6 +24,9 @@ import httpx
 import pytest
 from aiohttp import web
 from typer.testing import CliRunner
+
+from knative import registry
+from knative.client import Client
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH_REQUEST = "dev.stagecraft.batch.request.v1"
@@ -294,3 +298,89 @@ def prompts(tmp_path: Path) -> Callable[[int], Path]:
         return path
 
     return write
+
+
+@dataclass
+class BatchPlatform:
+    """A command that runs a platform; can be killed and started again at the same address and folder.
+
+    `inside` is a command that runs the command behind it."""
+
+    command: tuple[object, ...]
+    folder: Path
+    runtime: Path
+    inside: tuple[object, ...] = ()
+    port: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        return str(self.facts["url"])
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "stderr"
+
+    def start(self) -> None:
+        """Returns when it listens; everything is at zero then."""
+        argv = [*self.inside, sys.executable, "-P", "-m", "orchestrator.cli", *self.command, "--json"]
+        argv += ["--port", self.port, "--data-dir", self.folder / "data", "--log-dir", self.folder / "logs"]
+        env = {**os.environ, "STAGECRAFT_RUNTIME_DIR": str(self.runtime), "OMP_NUM_THREADS": "1"}
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [str(one) for one in argv], stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=env
+            )
+        assert self.process.stdout is not None
+        with self.process.stdout as stdout:
+            line = stdout.readline()
+        assert line, self.log.read_text()
+        self.facts = json.loads(line)
+        self.port = int(self.url.rpartition(":")[2])
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        """The exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def status(self) -> dict[str, Any]:
+        with Client(registry.find(self.facts.get("platform") or self.facts["name"]).socket) as client:
+            return client.status()
+
+    def pids(self, service: str) -> list[int]:
+        """Of the replicas that run or start."""
+        pods = [pod for one in self.status()["revisions"] if one["service"] == service for pod in one["pods"]]
+        return [pod["pid"] for pod in pods if pod["pid"]]
+
+
+@pytest.fixture
+def start_platform(
+    tmp_path: Path, state_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., BatchPlatform]]:
+    """start_platform("a", "local", "start", inside=lambda folder: ...) -> one in a folder called so; killed at the end
+    if it still runs. It, and no other one, is what commands of this test find."""
+    made: list[BatchPlatform] = []
+    with tempfile.TemporaryDirectory(prefix="sc-") as runtime:  # short enough for sockets
+        monkeypatch.setenv("STAGECRAFT_RUNTIME_DIR", runtime)
+
+        def start(
+            name: str, *command: object, inside: Callable[[Path], tuple[object, ...]] = lambda folder: ()
+        ) -> BatchPlatform:
+            folder = tmp_path / name
+            folder.mkdir()
+            made.append(BatchPlatform(command, folder, Path(runtime), inside(folder)))
+            made[-1].start()
+            return made[-1]
+
+        yield start
+        for one in made:
+            if one.process is not None and one.process.poll() is None:
+                one.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def batch_platform(tiny_checkpoint: Path, start_platform: Callable[..., BatchPlatform]) -> Callable[..., BatchPlatform]:
+    """batch_platform("a", "--window", "6s") -> `stagecraft up --batch` of model "tiny" in 2 stages."""
+    up = ("up", tiny_checkpoint, "--name", "tiny", "--stages", 2, "--threads", 1, "--batch", "--grpc-port", 0)
+    return lambda name, *options, **how: start_platform(name, *up, *options, **how)

@@ -122,6 +122,19 @@ def test_an_address_that_is_no_broker_s_is_told_at_once(
     assert "stagecraft batch resume batch-" in done.err
 
 
+def test_a_broker_that_took_something_before_is_waited_for(
+    batch: Batch, broker: Any, prompts: Prompts, tmp_path: Path
+) -> None:
+    """While a platform is started again, its broker is not there for a moment."""
+    file, journal = prompts(3), tmp_path / "b1.batch"
+    state = State("b1", str(file), file.stat().st_size, None, broker.url, None, "m", 0.0, sent=1)
+    Journal.create(journal, state).close()
+    broker.script.extend([type(one)(**{**vars(one), "status": 404, "accepts": False}) for one in answers()[:1]])
+    done = batch("resume", journal)
+    assert (done.code, len(broker.requests())) == (0, 3), done.err
+    assert "the broker answers 404" in done.err
+
+
 @pytest.mark.parametrize(
     ("value", "expected"), [("3", 3.0), ("x", None), (None, None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("-1", None)]
 )

@@ -67,3 +67,29 @@ def test_the_files_serve_on_one_machine_as_they_are(
     left = stagecraft("local", "get", "ksvc", "-n", "models", "-o", "name", "--platform", "rendered")
     assert left.out == ""
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_batch_goes_through_the_files_as_they_are(stagecraft: Any, platform: dict[str, Any], tmp_path: Path) -> None:
+    plan, folder = tmp_path / "plan.yaml", tmp_path / "deploy"
+    assert stagecraft("plan", "demo", "--stages", 2, "-o", plan).code == 0
+    done = stagecraft(
+        "render", plan, "-o", folder, "--batch", "--broker", "jobs", "--cpu", "1",
+        "--image-registry", "registry.example/acme", "--kv-memory", "64MiB", "--window", "6s", "--namespace", "models",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    applied = stagecraft("local", "apply", "-f", folder, "--platform", "rendered")
+    assert applied.code == 0, applied.err
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"ROMEO {number}:", "max_tokens": 4}) + "\n" for number in range(9))
+    )
+    at = ("--broker", f"{platform['url']}/models/jobs", "--results", f"{platform['url']}/models/demo-results")
+    done = stagecraft("batch", "submit", prompts, "-o", output, "--model", "demo", *at, "--json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
+    assert (facts["completed"], facts["failed"]) == (9, 0)
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {one["custom_id"] for one in results} == {f"line-{number + 1:06}" for number in range(9)}
+    assert all(one["response"]["body"]["usage"]["completion_tokens"] == 4 for one in results)
+    deleted = stagecraft("local", "delete", "-f", folder, "--platform", "rendered")
+    assert deleted.code == 0, deleted.err

@@ -132,6 +132,15 @@ class Rendered:
         yield from self.needs("config-features", flag, enabled, what)
 
 
+_BATCH_TYPES = "dev.stagecraft.batch."
+_BATCH_ROUTES = {
+    ("request", "orchestrator", "/events"),
+    ("cancel", "orchestrator", "/events"),
+    ("result", "keeper", "/"),
+    ("cancel", "keeper", "/"),
+}
+
+
 def violations(objects: Sequence[Tree], cluster: Cluster) -> list[str]:
     """All that is wrong with a deployment on this cluster."""
     rendered = Rendered(objects, cluster)
@@ -463,7 +472,8 @@ def _mount(mount: Tree, volume: Tree) -> Iterator[str]:
         yield f"{path!r} cannot be mounted at"
     if inside.startswith("/") or ".." in inside.split("/"):
         yield f"subPath {inside!r} leads out of the volume"
-    writable = "emptyDir" in volume
+    claim = volume.get("persistentVolumeClaim", {"readOnly": True})
+    writable = "emptyDir" in volume or not claim.get("readOnly")
     if not writable and not mount.get("readOnly"):
         yield f"{path} of volume {mount['name']} must be readOnly"
 
@@ -768,10 +778,13 @@ def _merged(base: Tree, over: Tree) -> dict[str, Any]:
 
 def _together(rendered: Rendered, services: Sequence[Tree]) -> Iterator[str]:
     stages = [one for one in services if "STAGE_INDEX" in environment(one)]
-    fronts = [one for one in services if "STAGE_INDEX" not in environment(one)]
+    keepers = [one for one in services if "RESULTS_FILE" in environment(one)]
+    fronts = [one for one in services if one not in stages and one not in keepers]
     if len(fronts) != 1:
         yield f"{len(fronts)} orchestrators"
         return
+    if keepers:
+        yield from _batch(rendered, fronts[0], keepers)
     stages.sort(key=lambda one: int(environment(one)["STAGE_INDEX"]))
     told = environment(fronts[0])
     urls = [f"http://{one['metadata']['name']}.{one['metadata']['namespace']}.svc.cluster.local" for one in stages]
@@ -790,6 +803,30 @@ def _together(rendered: Rendered, services: Sequence[Tree]) -> Iterator[str]:
                 yield f"no pod has the label {name} that the PodMonitor asks for"
     for role in rendered.of_kind("Role"):
         yield from _covers(role, rendered)
+
+
+def _batch(rendered: Rendered, front: Tree, keepers: Sequence[Tree]) -> Iterator[str]:
+    """One keeper of results with one replica; requests of the model reach the orchestrator, and results the keeper."""
+    if len(keepers) != 1:
+        yield f"{len(keepers)} services keep results"
+        return
+    names = {front["metadata"]["name"]: "orchestrator", keepers[0]["metadata"]["name"]: "keeper"}
+    scaling = keepers[0]["spec"]["template"]["metadata"]["annotations"]
+    if scaling.get("autoscaling.knative.dev/max-scale") != "1":
+        yield "several replicas would write to one file of results"
+    kept = any("persistentVolumeClaim" in one for one in keepers[0]["spec"]["template"]["spec"]["volumes"])
+    if not kept and scaling.get("autoscaling.knative.dev/min-scale") != "1":
+        yield "results end with their replica, which may go to zero"
+    routes = set()
+    for one in rendered.of_kind("Trigger"):
+        kind = one["spec"]["filter"]["attributes"].get("type", "")
+        if kind.startswith(_BATCH_TYPES):
+            if one["spec"]["broker"] not in rendered.names("Broker"):
+                yield f"there is no Broker {one['spec']['broker']!r} in the files"
+            subscriber = one["spec"]["subscriber"]
+            routes.add((kind.split(".")[-2], names.get(subscriber["ref"]["name"]), subscriber["uri"]))
+    if routes != _BATCH_ROUTES:
+        yield f"events of batches go elsewhere: {routes ^ _BATCH_ROUTES}"
 
 
 def _stages_fit(stages: Sequence[Tree], told: Mapping[str, str]) -> Iterator[str]:
@@ -813,6 +850,8 @@ def _models_are_there(rendered: Rendered, services: Sequence[Tree]) -> Iterator[
     }
     for one in services:
         env, name = environment(one), one["metadata"]["name"]
+        if "RESULTS_FILE" in env:
+            continue
         model = env.get("STAGE_MODEL") or env.get("ORCHESTRATOR_MODEL", "")
         mounts = one["spec"]["template"]["spec"]["containers"][0].get("volumeMounts", ())
         at_models = [mount for mount in mounts if mount["mountPath"].startswith(_MODELS)]

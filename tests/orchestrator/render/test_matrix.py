@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.render.deployment import (
+    Batch,
     Deployment,
     DeploymentError,
     Gpu,
@@ -82,6 +83,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "long-name": {"name": "m" * 44, "namespace": "n" * 63},
     "resources": {"stage": Resources("500m", "40.5Gi"), "orchestrator": Resources("0.25", "")},
     "kv": {"kv_bytes_max": 3 << 30, "shared_memory": "2Gi"},
+    "batch": {"batch": Batch()},
+    "batch-kept": {
+        "batch": Batch("jobs.of-all", "results-claim", max_in_flight=1),
+        "scaling": SCALING["starts-at-zero"],
+    },
     "env": {"env": {"LOG_LEVEL": "debug", "A": "", "_b.c-d": "x=y, 'z'\n\t\"w\"", "YES": "no"}},
 }
 

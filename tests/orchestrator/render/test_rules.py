@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.render.deployment import Deployment, Gpu, Scaling, Scheduling, Surroundings, WeightSource
+from orchestrator.render.deployment import Batch, Deployment, Gpu, Scaling, Scheduling, Surroundings, WeightSource
 
 Tree = dict[str, Any]
 Complaints = Callable[..., list[str]]
@@ -197,6 +197,29 @@ KSERVE_CASES = [
     ("ServingRuntime/m-stage>spec>supportedModelFormats>0>autoSelect", True, "models of others"),
     ("ServingRuntime/m-stage>spec>volumes>0>name", "x", "not mounted"),
 ]
+
+KEEPER = "Service/small-1b-results>spec>template"
+REQUESTS = "Trigger/small-1b-batch-requests>spec"
+BATCH_CASES = [
+    (f"{KEEPER}>metadata>annotations>autoscaling.knative.dev/max-scale", "2", "write to one file"),
+    (f"{KEEPER}>metadata>annotations>autoscaling.knative.dev/min-scale", "0", "end with their replica"),
+    (f"{REQUESTS}>broker", "other", "no Broker 'other'"),
+    (f"{REQUESTS}>subscriber>uri", "/", "events of batches go elsewhere"),
+    (f"{REQUESTS}>subscriber>ref>name", "x", "no Service 'x'"),
+    (f"{REQUESTS}>delivery>timeout", "600s", "no ISO 8601 duration"),
+    (f"{REQUESTS}>delivery>retries", 3, "retries"),
+    (f"{REQUESTS}>delivery>retry", "3", "retry"),
+    (f"{REQUESTS}>filters", [{"exakt": {"type": "x"}}], "exakt"),
+    ("Broker/default>spec", {"delivery": {"backoffPolice": "linear"}}, "backoffPolice"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "expected"), BATCH_CASES)
+def test_a_broken_batch_is_seen(
+    deployment: Make, trees: Trees, complaints: Complaints, path: str, value: Any, expected: str
+) -> None:
+    what = deployment(2, "s3://b/x", batch=Batch())
+    check(complaints(what, changed(trees(what), path, value)), expected)
 
 
 @pytest.mark.parametrize(("path", "value", "expected"), KNATIVE_CASES)
