@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -27,7 +28,7 @@ log = structlog.get_logger()
 
 BUSY_S_MIN, BUSY_S_MAX = 1.0, 60.0  # bounds of what a Retry-After may ask for
 _AHEAD = 3  # times what a subscriber gets at once may be taken from the file: ready, under way, being written
-_LARGE_BYTES = 256 * 1024  # such events are not taken ahead: memory
+HELD_BYTES_MAX = 64 << 20  # of data in memory, and one event more; so large events are fewer at once
 _JITTER = 0.1  # share of that; those who were told the same must not come back together
 _FULL_S = 1.0  # between looks for room on a full disk
 _BROKEN_S = 5.0  # between looks at a store that gives errors
@@ -43,6 +44,7 @@ class Route:
     delivery: DeliverySpec
     max_in_flight: int
     wants_reply: bool = True
+    tells_ttl: bool = False  # to Brokers and dead letter sinks; so loops through them end
     dead_letters: str = ""
 
 
@@ -84,7 +86,7 @@ class Dispatcher:
         self._ready: deque[Delivery] = deque()  # taken ahead: none waits for the file while its subscriber has room
         self._running: set[asyncio.Task[None]] = set()  # to the end of their last write
         self._occupied = 0  # of those, the ones without an answer
-        self._ahead = _AHEAD
+        self._held_bytes = 0  # of data, ready and running
         self._paused = False
         self.sending = 0  # requests under way
         self._loop = asyncio.create_task(self._run(), name=f"dispatch {target}")
@@ -124,15 +126,15 @@ class Dispatcher:
         if route is None or self._paused:
             return None
         unwritten = len(self._running) - self._occupied
-        wanted = self._ahead * route.max_in_flight - self._occupied - len(self._ready) - unwritten
-        if wanted <= 0:
+        wanted = _AHEAD * route.max_in_flight - self._occupied - len(self._ready) - unwritten
+        room_bytes = HELD_BYTES_MAX - self._held_bytes
+        if wanted <= 0 or room_bytes <= 0:
             return None
-        taken = await self._store.take(self.target, wanted, time.time())
+        taken = await self._store.take(self.target, wanted, time.time(), room_bytes)
         self._ready += taken
-        large = any(len(delivery.event.data or b"") > _LARGE_BYTES for delivery in taken)
-        self._ahead = 1 if large else _AHEAD
+        self._held_bytes += sum(_size_bytes(delivery) for delivery in taken)
         self._begin()
-        if len(taken) == wanted:
+        if len(taken) == wanted or self._held_bytes >= HELD_BYTES_MAX:
             return None
         due_s = await self._store.next_due_s(self.target)
         return None if due_s is None else max(0.0, due_s - time.time())
@@ -145,16 +147,17 @@ class Dispatcher:
             task = asyncio.create_task(self._deliver(delivery))
             self._running.add(task)
             self._occupied += 1
-            task.add_done_callback(self._ended)
+            task.add_done_callback(partial(self._ended, _size_bytes(delivery)))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, size_bytes: int, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._held_bytes -= size_bytes
         self._woken.set()
 
     async def _deliver(self, delivery: Delivery) -> None:
         try:
             try:
-                event = without_ttl(from_store(delivery.event))
+                event = from_store(delivery.event)
                 route, answer = await self._answer(event)
             finally:
                 self._occupied -= 1
@@ -185,7 +188,7 @@ class Dispatcher:
         self.sending += 1
         try:
             return await self._sender.send(
-                event,
+                event if route.tells_ttl else without_ttl(event),
                 route.url,
                 namespace=route.namespace,
                 event_format=route.delivery.format,
@@ -241,6 +244,10 @@ class Dispatcher:
             except StoreFull as error:
                 log.warning("event_store_full", target=self.target, error=str(error))
                 await asyncio.sleep(_FULL_S)
+
+
+def _size_bytes(delivery: Delivery) -> int:
+    return len(delivery.event.data or b"")
 
 
 def _text(answer: Answer) -> str:

@@ -33,6 +33,7 @@ from knative.eventing.sequence import parts_of
 from knative.eventing.store import Delivery, EventStore, NewEvent, StoreError
 from knative.eventing.stored import to_store
 from knative.eventing.subscribers import Sender
+from knative.resources.eventing import addressed_kind
 from knative.resources.objects import Broker, Trigger
 from knative.resources.objects import Sequence as Flow
 
@@ -65,6 +66,7 @@ class Eventing:
         self._changed = changed
         self._metrics = metrics
         self._store: EventStore | None = None
+        self._opening = asyncio.Lock()  # two may apply the first Broker at the same time
         self._dispatchers: dict[str, Dispatcher] = {}
         self._accepted: dict[Key, int] = {}
         metrics.watch(self._counted, self._depths)
@@ -73,13 +75,14 @@ class Eventing:
 
     async def open(self) -> None:
         """Opens the store, once. Raises Unavailable when its file cannot be used."""
-        if self._store is not None:
-            return
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._store = await EventStore.open(self.path)
-        except (StoreError, OSError) as error:
-            raise Unavailable(f"cannot keep events in {self.path.parent} (--data-dir): {error}") from None
+        async with self._opening:
+            if self._store is not None:
+                return
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._store = await EventStore.open(self.path)
+            except (StoreError, OSError) as error:
+                raise Unavailable(f"cannot keep events in {self.path.parent} (--data-dir): {error}") from None
 
     async def resume(self) -> None:
         """Opens the store if an earlier platform has left one."""
@@ -150,6 +153,7 @@ class Eventing:
         self._changed()
         for trigger in [one for one in self.triggers.values() if _broker_of(one) == key]:
             await self._drop((trigger.namespace, trigger.name))
+        self._settle()  # the Broker may have been applied again meanwhile
 
     async def remove_trigger(self, key: Key) -> None:
         """With what waits for it, also when that is all there is. Raises NotFound."""
@@ -255,14 +259,21 @@ class Eventing:
         if trigger is None or not (url := self._url_of(trigger.subscriber)):
             return None
         dead = _targets(key)[1] if delivery.dead_letter else ""
-        wants_reply = trigger.reply != ""
-        return Route(url, trigger.namespace, delivery, trigger.max_in_flight, wants_reply, dead_letters=dead)
+        return Route(
+            url,
+            trigger.namespace,
+            delivery,
+            trigger.max_in_flight,
+            wants_reply=trigger.reply != "",
+            tells_ttl=addressed_kind(trigger.subscriber) == "broker",
+            dead_letters=dead,
+        )
 
     def _dead_route(self, key: Key) -> Route | None:
         trigger, delivery = self._delivery(key)
         if trigger is None or delivery.dead_letter is None or not (url := self._url_of(delivery.dead_letter)):
             return None
-        return Route(url, trigger.namespace, delivery, trigger.max_in_flight, wants_reply=False)
+        return Route(url, trigger.namespace, delivery, trigger.max_in_flight, wants_reply=False, tells_ttl=True)
 
     def _delivery(self, key: Key) -> tuple[Trigger | None, DeliverySpec]:
         trigger = self.triggers.get(key)

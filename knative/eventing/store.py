@@ -84,11 +84,13 @@ class EventStore:
                 await asyncio.shield(self._writer.submit("intake", partial(store_rows.insert, new=rows), size_bytes))
             return ids
 
-    async def take(self, target: str, limit: int, now_s: float) -> list[Delivery]:
-        """Deliveries due at `now_s`, longest due first; in flight until settled, postponed, buried or released."""
+    async def take(self, target: str, limit: int, now_s: float, bytes_max: int | None = None) -> list[Delivery]:
+        """Deliveries due at `now_s`, longest due first; in flight until settled, postponed, buried or released.
+
+        No further ones once they have `bytes_max` of data."""
         async with self._slots:
             future = self._writer.submit(
-                "read", lambda db, _: store_rows.take(db, self._writer.backlog, target, limit, now_s)
+                "read", lambda db, _: store_rows.take(db, self._writer.backlog, target, limit, now_s, bytes_max)
             )
             try:
                 taken: list[Delivery] = await asyncio.shield(future)

@@ -103,13 +103,22 @@ def insert(db: sqlite3.Connection, changes: Changes, new: Rows) -> None:
     changes.depths.update(target for _, target, _ in deliveries)
 
 
-def take(db: sqlite3.Connection, backlog: Backlog, target: str, limit: int, now_s: float) -> list[Delivery]:
+def take(
+    db: sqlite3.Connection, backlog: Backlog, target: str, limit: int, now_s: float, bytes_max: int | None
+) -> list[Delivery]:
     in_flight = backlog.in_flight.get(target, set())
     due = db.execute(
         "SELECT event FROM delivery WHERE target = ? AND due_s <= ? ORDER BY due_s, event LIMIT ?",
         (target, now_s, limit + len(in_flight)),
     ).fetchall()  # to the end: an unfinished SELECT would keep the log from being begun anew
-    taken = [_delivery(db, event, target) for (event,) in due if event not in in_flight][:limit]
+    taken: list[Delivery] = []
+    size_bytes = 0
+    for (event,) in due:
+        if len(taken) == limit or (bytes_max is not None and size_bytes >= bytes_max):
+            break
+        if event not in in_flight:
+            taken.append(_delivery(db, event, target))
+            size_bytes += len(taken[-1].event.data or b"")
     if taken:
         backlog.in_flight[target].update(delivery.id for delivery in taken)
     return taken

@@ -187,8 +187,50 @@ async def test_a_broker_may_subscribe_to_another(
     sink = await subscriber()
     other = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "other"}}
     await cluster.apply(trigger("on", other), broker(), broker("other"), trigger("end", sink.url, broker="other"))
-    await send(cluster, "1", knativebrokerttl="2")
+    await send(cluster, "1", knativebrokerttl="3")
     assert await sink.has(1) == ["1"]
+
+
+async def test_a_broker_that_subscribes_to_itself_ends_by_ttl(
+    start: Start, broker: Make, trigger: Make, send: Send, until: Callable[..., Any]
+) -> None:
+    cluster = await start()
+    itself = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "default"}}
+    await cluster.apply(broker(), trigger("loop", itself))
+    await send(cluster, "1", knativebrokerttl="5")
+    await until(lambda: counted(cluster, "triggers", "loop")["lost"] == 1)  # refused once its passes are used up
+    assert counted(cluster, "triggers", "loop")["delivered"] == 3
+
+
+async def test_two_may_apply_the_first_broker_at_once(start: Start, broker: Make) -> None:
+    cluster = await start()
+    await asyncio.gather(cluster.apply(broker()), cluster.apply(broker("other")))
+    assert len(cluster.platform.get("broker", "default")) == 2
+
+
+async def test_a_broker_applied_again_while_it_is_deleted_delivers_to_all_its_triggers(
+    start: Start, subscriber: Subscribe, broker: Make, trigger: Make, send: Send
+) -> None:
+    cluster = await start()
+    answering = asyncio.Event()
+
+    async def slowly(_: Any) -> web.Response:
+        await answering.wait()
+        return web.Response(status=202)
+
+    sinks = [await subscriber(slowly) for _ in range(3)]
+    await cluster.apply(broker(), *(trigger(f"to-{index}", sink.url) for index, sink in enumerate(sinks)))
+    await send(cluster, "before")
+    for sink in sinks:
+        await sink.has(1)
+    deleting = asyncio.create_task(cluster.platform.delete("broker", "default", "default"))
+    await asyncio.sleep(0)
+    await cluster.apply(broker())
+    await deleting
+    answering.set()
+    await send(cluster, "after")
+    for sink in sinks:
+        assert await sink.has(2) == ["before", "after"]
 
 
 async def test_a_service_of_the_brokers_name_keeps_the_path(start: Start, service: Make, broker: Make) -> None:

@@ -341,3 +341,36 @@ async def produce_until_killed(process: subprocess.Popen[bytes], url: str, life:
         ended = await asyncio.gather(*(produce(client, number) for number in range(8)), return_exceptions=True)
     assert {isinstance(error, aiohttp.ClientError) for error in ended} == {True}, ended
     return accepted
+
+
+async def test_dead_letters_to_the_same_broker_end_by_ttl(
+    start: Start, subscriber: Subscribe, broker: Make, trigger: Make, send: Send, until: Callable[..., Any]
+) -> None:
+    cluster = await start()
+    sink = await subscriber(in_turn(400))
+    itself = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "default"}}
+    await cluster.apply(broker(), trigger("one", sink.url, delivery={"deadLetterSink": itself}))
+    await send(cluster, "1", knativebrokerttl="4")
+    await until(lambda: counted(cluster, "one")["lost"] == 1)  # the last dead letter, which the Broker refuses
+    assert len(sink.seen) == 3
+
+
+async def test_large_events_are_fewer_at_once(
+    start: Start, subscriber: Subscribe, broker: Make, trigger: Make, send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knative.eventing.dispatcher.HELD_BYTES_MAX", 30_000)
+    cluster = await start()
+
+    async def slowly(_: Any) -> web.Response:
+        await asyncio.sleep(0.02)
+        return web.Response(status=202)
+
+    sink = await subscriber(slowly)
+    nobody = {"ref": {"apiVersion": "eventing.knative.dev/v1", "kind": "Broker", "name": "later"}}
+    await cluster.apply(broker(), trigger("one", nobody))
+    numbers = [str(number) for number in range(12)]
+    for number in numbers:
+        await send(cluster, number, data=b"%10000d" % 1)
+    await cluster.apply(trigger("one", sink.url))
+    assert sorted(await sink.has(12)) == sorted(numbers)
+    assert sink.busiest == 3
