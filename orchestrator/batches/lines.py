@@ -104,12 +104,13 @@ def parse_output(line: bytes) -> Outcome:
         custom_id, response, error = data["custom_id"], data.get("response"), data.get("error")
         if not isinstance(custom_id, str):
             raise OutputLineError("custom_id is no text")
+        custom_id.encode()  # fails for half of a surrogate pair, which JSON can escape and no file can hold
         if error is not None:
             return Outcome(custom_id, "cancelled" if error.get("code") == CANCELLED else "failed")
         return Outcome(custom_id, "completed" if int(response["status_code"]) < 400 else "failed")
     except OutputLineError:
         raise
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except (ValueError, ArithmeticError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise OutputLineError(
             f"not a line of a batch output, which has custom_id and response or error ({type(error).__name__}: {error})"
         ) from None

@@ -133,6 +133,11 @@ def test_a_batch_can_be_cancelled_and_deleted(results_service: Any) -> None:
     assert len(results_service.lines("stays")) == 1
 
 
+def of_data(data: bytes) -> CloudEvent:
+    """A result event without the extension customid."""
+    return CloudEvent(result_event("x", "a").changed({"customid": None}).attributes, data)
+
+
 NO_EXTENSION = result_event("x", "a").changed({"batch": None})
 
 
@@ -145,6 +150,8 @@ NO_EXTENSION = result_event("x", "a").changed({"batch": None})
         (result_event("x", "a", customid="b"), "customid is not the custom_id"),
         (CloudEvent(result_event("x", "a").attributes, b"{}"), "not a line of a batch output"),
         (CloudEvent(result_event("x", "a").attributes, b"\xff"), "not a line of a batch output"),
+        (of_data(b'{"custom_id": "\\ud800", "response": {"status_code": 200}}'), "not a line of a batch output"),
+        (of_data(b'{"custom_id": "a", "response": {"status_code": 1e999}}'), "not a line of a batch output"),
     ],
 )
 def test_what_is_no_result_is_refused_and_not_tried_again(results_service: Any, event: CloudEvent, words: str) -> None:
