@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -13,6 +13,7 @@ import aiohttp
 
 from orchestrator.batches.broker_client import ServiceError
 from orchestrator.batches.journal import Journal
+from orchestrator.batches.lines import BadLine
 from orchestrator.batches.patience import RETRIED, Patience, Tell
 
 PAGE_LINES = 1000
@@ -95,12 +96,13 @@ class ResultsClient:
         return data
 
 
-async def collect(journal: Journal, results: ResultsClient) -> None:
+async def collect(journal: Journal, results: ResultsClient, tell_failed: Callable[[BadLine], None]) -> None:
     """Writes results as they come until every request has one and no more can follow. Never leaves half a page."""
     while not journal.state.is_over:
         page = await results.page(journal.state.batch, journal.state.after, wait_s=WAIT_S)
         if page.lines:
-            journal.receive(page.lines, page.next)
+            for line in journal.receive(page.lines, page.next):
+                tell_failed(line)
             if len(page.lines) < PAGE_LINES and not journal.state.is_over:
                 await asyncio.sleep(_PAUSE_S)
 

@@ -31,7 +31,8 @@ class Teller:
     """Who is told what happens meanwhile."""
 
     trouble: Tell
-    bad_line: Callable[[BadLine], None]
+    bad_line: Callable[[BadLine], None]  # one that is left out
+    failed: Callable[[BadLine], None]  # one whose result is an error
     look: Callable[[State], None]  # called several times a second
 
 
@@ -43,7 +44,7 @@ async def work(journal: Journal, teller: Teller, *, wait: bool, cancel_wanted: C
     async with session() as http:
         doing = [asyncio.create_task(_send(journal, http, teller))]
         if wait:
-            doing.append(asyncio.create_task(collect(journal, _results(journal, http, teller))))
+            doing.append(asyncio.create_task(collect(journal, _results(journal, http, teller), teller.failed)))
         try:
             while not (journal.state.is_over if wait else journal.state.all_sent):
                 _raise_first(doing)

@@ -185,10 +185,12 @@ class Journal:
         with self._transaction():
             self._save(replace(self.state, broker=broker, results=results))
 
-    def receive(self, lines: Iterable[bytes], after: int) -> None:
-        """Appends output lines, the first for each open request of this batch; `after` is the number of the last."""
+    def receive(self, lines: Iterable[bytes], after: int) -> list[BadLine]:
+        """Appends output lines, the first for each open request of this batch; `after` is the number of the last.
+
+        Gives the input lines whose requests failed."""
         with self._transaction():
-            self._append(lines, after)
+            return self._append(lines, after)
 
     def cancel_open(self) -> None:
         """Gives every request without a result the line of a cancelled one."""
@@ -212,20 +214,29 @@ class Journal:
             if file is not None:
                 file.close()
 
-    def _append(self, lines: Iterable[bytes], after: int) -> None:
+    def _append(self, lines: Iterable[bytes], after: int) -> list[BadLine]:
         counts = {"completed": 0, "failed": 0, "cancelled": 0}
-        kept = []
+        kept, failed = [], []
         for line in lines:
             outcome = parse_output(line)
             update = "UPDATE request SET done = 1 WHERE custom_id = ? AND done = 0"
             if self._db.execute(update, (outcome.custom_id,)).rowcount:
                 kept.append(line + b"\n")
                 counts[outcome.kind] += 1
+                if outcome.kind == "failed":
+                    failed.append(
+                        BadLine(self._line_of(outcome.custom_id), outcome.custom_id, "failed", outcome.reason)
+                    )
         if self._output and kept:
             self._output.append(b"".join(kept))
         changed = {name: getattr(self.state, name) + count for name, count in counts.items()}
         size_bytes = self._output.size_bytes if self._output else 0
         self._save(replace(self.state, after=after, output_bytes=size_bytes, **changed))
+        return failed
+
+    def _line_of(self, custom_id: str) -> int:
+        (line,) = self._db.execute("SELECT line FROM request WHERE custom_id = ?", (custom_id,)).fetchone()
+        return int(line)
 
     def _save(self, state: State) -> None:
         self._db.execute("UPDATE state SET json = ?", (json.dumps(asdict(state)),))

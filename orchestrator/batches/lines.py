@@ -22,6 +22,7 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 LINE_BYTES_MAX = 4 << 20
 CUSTOM_ID_CHARACTERS_MAX = 256
+REASON_CHARACTERS_MAX = 300
 CANCELLED = "batch_cancelled"  # the code of a request that was not computed since its batch was cancelled
 
 Kind = Literal["completed", "failed", "cancelled"]
@@ -61,6 +62,7 @@ class Outcome:
 
     custom_id: str
     kind: Kind
+    reason: str = ""  # of a failed one
 
 
 class OutputLineError(ValueError):
@@ -106,8 +108,12 @@ def parse_output(line: bytes) -> Outcome:
             raise OutputLineError("custom_id is no text")
         custom_id.encode()  # fails for half of a surrogate pair, which JSON can escape and no file can hold
         if error is not None:
-            return Outcome(custom_id, "cancelled" if error.get("code") == CANCELLED else "failed")
-        return Outcome(custom_id, "completed" if int(response["status_code"]) < 400 else "failed")
+            if error.get("code") == CANCELLED:
+                return Outcome(custom_id, "cancelled")
+            return Outcome(custom_id, "failed", _one_line(error.get("message")))
+        if (status := int(response["status_code"])) < 400:
+            return Outcome(custom_id, "completed")
+        return Outcome(custom_id, "failed", f"answered with {status}: {_said(response.get('body'))}")
     except OutputLineError:
         raise
     except (ValueError, ArithmeticError, TypeError, AttributeError, LookupError, RecursionError) as error:
@@ -119,6 +125,17 @@ def parse_output(line: bytes) -> Outcome:
 def error_output(id: str, custom_id: str, code: str, message: str) -> bytes:
     """The output line of a request that got no answer."""
     return _dump({"id": id, "custom_id": custom_id, "response": None, "error": {"code": code, "message": message}})
+
+
+def _said(body: Any) -> str:
+    """The message of an error as OpenAI's endpoints answer it."""
+    error = body.get("error") if isinstance(body, dict) else None
+    return _one_line(error.get("message") if isinstance(error, dict) else None)
+
+
+def _one_line(message: Any) -> str:
+    text = " ".join(message.split()) if isinstance(message, str) else ""
+    return text[:REASON_CHARACTERS_MAX] or "no reason is given"
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def watched(*, wait: bool) -> Iterator[Teller]:
     columns = (BarColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         watch = _Watch(bar, wait)
-        yield Teller(note, watch.bad_line, watch.look)
+        yield Teller(note, watch.bad_line, watch.failed, watch.look)
 
 
 class _Watch:
@@ -95,7 +95,7 @@ class _Watch:
         self._wait = wait
         self._speed = Speed()
         self._next_line_s = time.monotonic() + LINE_EVERY_S
-        self._bad = 0
+        self._bad = self._failed = 0
         self._last: tuple[float, int] | None = time.monotonic(), 0  # the last result; None: it was told
 
     def bad_line(self, line: BadLine) -> None:
@@ -104,6 +104,13 @@ class _Watch:
             note(str(line))
         elif self._bad == BAD_LINES_SHOWN + 1:
             note("more lines are left out; the file of errors has all of them")
+
+    def failed(self, line: BadLine) -> None:
+        self._failed += 1
+        if self._failed <= BAD_LINES_SHOWN:
+            note(str(line))
+        elif self._failed == BAD_LINES_SHOWN + 1:
+            note("more requests fail; the results say why")
 
     def look(self, state: State) -> None:
         now_s = time.monotonic()

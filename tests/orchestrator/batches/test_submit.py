@@ -162,7 +162,10 @@ def test_bad_lines_are_told_with_their_numbers_and_left_out(
     source.write_text("\n".join(lines))
     broker.results = results_service.url
     broker.outcome = lambda line: {
-        "response": {"status_code": 400 if line["body"]["prompt"] == "too long" else 200, "body": {}},
+        "response": {
+            "status_code": 400 if line["body"]["prompt"] == "too long" else 200,
+            "body": {"error": {"message": "the prompt has 9 tokens"}},
+        },
         "error": None,
     }
     done = batch("submit", source, "-o", out, *where(broker, results_service), "--json")
@@ -177,7 +180,8 @@ def test_bad_lines_are_told_with_their_numbers_and_left_out(
     ]
     assert len(errors) == done.json["bad_lines"] == 34
     assert (done.json["sent"], done.json["completed"], done.json["failed"]) == (2, 1, 1)
-    assert done.err.count("\nline ") == 20
+    assert done.err.count("\nline ") == 20 + 1
+    assert "line 7: answered with 400: the prompt has 9 tokens\n" in done.err
     assert "line 4: custom_id 'a' is that of line 1 already" in done.err
     assert "34 lines were left out" in done.err
 
