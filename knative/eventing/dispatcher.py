@@ -31,7 +31,7 @@ _AHEAD = 3  # times what a subscriber gets at once may be taken from the file: r
 HELD_BYTES_MAX = 64 << 20  # of data in memory, and one event more; so large events are fewer at once
 _JITTER = 0.1  # share of that; those who were told the same must not come back together
 _FULL_S = 1.0  # between looks for room on a full disk
-_BROKEN_S = 5.0  # between looks at a store that gives errors
+BROKEN_S = 5.0  # between looks at a store that gives errors
 _ERROR_CHARS = 300
 
 
@@ -114,7 +114,7 @@ class Dispatcher:
                 look_again_s = await self._take()
             except StoreError as error:
                 log.error("event_store_failed", target=self.target, error=str(error))
-                look_again_s = _BROKEN_S
+                look_again_s = BROKEN_S
             with suppress(TimeoutError):
                 async with asyncio.timeout(look_again_s):
                     await self._woken.wait()
@@ -163,11 +163,17 @@ class Dispatcher:
                 self._occupied -= 1
                 self._begin()
             await self._conclude(delivery, event, route, answer)
-        except StoreError as error:  # still in flight for the store, and due again after a restart
+        except StoreError as error:
             log.error("event_store_failed", target=self.target, event_id=delivery.event.key, error=str(error))
+            await self._again_later(delivery)
         except Exception:  # a mistake here must lose no event, and stop no others
             log.exception("delivery_failed", target=self.target, event_id=delivery.event.key)
-            await asyncio.sleep(_BROKEN_S)
+            await self._again_later(delivery)
+
+    async def _again_later(self, delivery: Delivery) -> None:
+        """The event may come twice, as nobody could note that it was delivered."""
+        await asyncio.sleep(BROKEN_S)
+        with suppress(StoreError):  # a store that gives nothing any more: due again after a restart
             await self._store.release([delivery])
 
     async def _answer(self, event: CloudEvent) -> tuple[Route, Answer]:

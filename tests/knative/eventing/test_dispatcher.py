@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ import yaml
 from aiohttp import web
 
 from knative.errors import Unavailable
+from knative.eventing.delivery import DeliverySpec
+from knative.eventing.dispatcher import Dispatcher, Route
+from knative.eventing.event import CloudEvent
+from knative.eventing.store import Delivery, EventStore, NewEvent, StoreError
+from knative.eventing.subscribers import Answer, Sender
 
 Start = Callable[..., Any]
 Subscribe = Callable[..., Awaitable[Any]]
@@ -374,3 +379,49 @@ async def test_large_events_are_fewer_at_once(
     await cluster.apply(trigger("one", sink.url))
     assert sorted(await sink.has(12)) == sorted(numbers)
     assert sink.busiest == 3
+
+
+class _Hiccup(EventStore):
+    """Whose first write of a delivery's end fails, as on a disk that gives one error."""
+
+    failures = 1
+
+    async def settle(self, delivery: Delivery, *, replies: Sequence[NewEvent] = ()) -> bool:
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("disk I/O error")
+        return await super().settle(delivery, replies=replies)
+
+
+class _Accepting(Sender):
+    def __init__(self) -> None:
+        self.sent = 0
+
+    async def send(self, event: CloudEvent, url: str, **how: object) -> Answer:
+        self.sent += 1
+        return Answer(202)
+
+
+async def test_what_could_not_be_noted_as_delivered_is_delivered_again_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("knative.eventing.dispatcher.BROKEN_S", 0.01)
+    store, sender = await _Hiccup.open(tmp_path / "events.sqlite"), _Accepting()
+    route = Route("http://nobody", "default", DeliverySpec(), 1)
+    attributes = {"specversion": "1.0", "id": "1", "source": "/tests", "type": "test"}
+    await store.accept([NewEvent(broker="b", key="1", attributes=attributes, data=None, ttl=9, targets=["one"])])
+    dispatcher = Dispatcher(
+        "one",
+        store,
+        sender,
+        route=lambda: route,
+        intake=lambda delivery, events: [],
+        arrived=lambda new: None,
+        observe=lambda status, seconds: None,
+    )
+    async with asyncio.timeout(10):
+        while store.depth("one"):  # noqa: ASYNC110 (the end of a delivery sets no event)
+            await asyncio.sleep(0.005)
+    await dispatcher.close()
+    await store.close()
+    assert sender.sent == 2
