@@ -16,7 +16,11 @@ class AppendFile:
     Raises AppendFileError when the file is shorter, and OSError."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            # one that is gone is not made anew, where something had been written
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (0 if size_bytes else os.O_CREAT), 0o666)
+        except FileNotFoundError:
+            raise AppendFileError(f"{path} is gone, {size_bytes} bytes had been written") from None
         self._file = os.fdopen(descriptor, "r+b", buffering=0)
         found_bytes = os.fstat(descriptor).st_size
         if found_bytes < size_bytes:

@@ -332,6 +332,10 @@ def test_an_output_that_lost_lines_is_refused(batch: Batch, broker: Any, results
     done = batch("resume", out)
     assert done.code == 1
     assert "it was changed since" in done.err
+    out.unlink()
+    done = batch("resume", out)
+    assert (done.code, out.exists()) == (1, False)
+    assert "is gone" in done.err
     done = batch("results", out, "-o", tmp_path / "again.jsonl")
     assert done.code == 0, done.err
     assert ids(tmp_path / "again.jsonl") == numbered(3)
