@@ -44,7 +44,7 @@ async def work(journal: Journal, make_reader: MakeReader, teller: Teller, *, wai
 async def _collect(journal: Journal, http: aiohttp.ClientSession, teller: Teller) -> None:
     if journal.state.results is None:
         raise ServiceError("nobody said where the results are; name the results service with --results")
-    await collect(journal, ResultsClient(http, journal.state.results, teller.trouble))
+    await collect(journal, ResultsClient(http, journal.state.results, teller.trouble), teller.failed)
 
 
 async def _send(journal: Journal, make_reader: MakeReader, http: aiohttp.ClientSession, teller: Teller) -> None:

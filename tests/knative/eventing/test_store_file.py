@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,39 @@ async def main(folder):
     seen["reserve"].append((folder / "broker.db-reserve").exists())
     await store.close()
     print(json.dumps(seen))
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+# Fills a disk with events until intake stops, delivers them all, and tries again as producers do.
+FILLED_BY_ITSELF = """
+import asyncio, json, sys
+from pathlib import Path
+from knative.eventing.store import EventStore, NewEvent, StoreFull
+
+def event(number):
+    return NewEvent(broker="b", key=str(number), attributes={}, data=bytes(100_000), targets=["work"], ttl=9)
+
+async def main(folder):
+    store = await EventStore.open(folder / "broker.db", min_free_bytes=16 << 20)
+    answers = []
+    try:
+        for number in range(1000):
+            await store.accept([event(number)])
+    except StoreFull as error:
+        answers.append(error.status)
+    while due := await store.take("work", 50, 1e12):
+        await asyncio.gather(*map(store.settle, due))
+    for attempt in range(50):
+        await asyncio.sleep(0.3)
+        try:
+            await store.accept([event("late")])
+        except StoreFull:
+            continue
+        answers.append(202)
+        break
+    await store.close()
+    print(json.dumps(answers))
 
 asyncio.run(main(Path(sys.argv[1])))
 """
@@ -240,16 +274,30 @@ async def test_a_store_that_was_killed_while_being_created_is_created_anew(tmp_p
     assert not (tmp_path / "broker.db-new").exists()
 
 
-@pytest.mark.skipif(
+needs_small_disk = pytest.mark.skipif(
     not shutil.which("unshare") or subprocess.run([*NEW_ROOM, "true"], capture_output=True).returncode != 0,
     reason="no user namespaces here: no small disk can be mounted",
 )
-def test_on_a_full_disk_intake_stops_and_every_delivery_is_settled(tmp_path: Path) -> None:
+
+
+def on_a_small_disk(program: str, folder: Path) -> Any:
+    """What it prints, as JSON; it gets the folder where the disk is mounted."""
     script = f'mount -t tmpfs -o size={DISK_BYTES} tmpfs "$1" && exec "$2" -c "$3" "$1"'
     ran = subprocess.run(
-        [*NEW_ROOM, "sh", "-c", script, "sh", tmp_path, sys.executable, FULL_DISK], capture_output=True, text=True
+        [*NEW_ROOM, "sh", "-c", script, "sh", folder, sys.executable, program], capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == {
+    return json.loads(ran.stdout)
+
+
+@needs_small_disk
+def test_on_a_full_disk_intake_stops_and_every_delivery_is_settled(tmp_path: Path) -> None:
+    assert on_a_small_disk(FULL_DISK, tmp_path) == {
         "refused": 507, "kept": 3000, "reserve": [True, False, True], "replies": 3000, "accepted": 5,
     }  # fmt: skip
+
+
+@needs_small_disk
+def test_a_disk_that_only_the_store_has_filled_has_room_again_once_all_is_delivered(tmp_path: Path) -> None:
+    """What it keeps for the next events is less than it may keep elsewhere, and more than this disk has."""
+    assert on_a_small_disk(FILLED_BY_ITSELF, tmp_path) == [507, 202]
