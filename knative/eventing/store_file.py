@@ -81,8 +81,7 @@ class StoreFile:
 
     def check_room(self) -> None:
         """Raises StoreFull when the disk has less than `min_free_bytes` left. Renews the reserve when there is room."""
-        disk = os.statvfs(self.path)
-        free_bytes = disk.f_bavail * disk.f_frsize
+        free_bytes = self._free_bytes()
         if free_bytes < self._min_free_bytes:
             raise StoreFull(
                 f"the disk of {self.path} has {free_bytes >> 20} MiB left, below the {self._min_free_bytes >> 20} MiB "
@@ -90,6 +89,10 @@ class StoreFile:
             )
         if not self._reserve_held and free_bytes >= self._min_free_bytes + RESERVE_BYTES:
             self._reserve_held = _set_aside(self._reserve)
+
+    def is_short_of_room(self) -> bool:
+        """Whether intake would be refused."""
+        return self._free_bytes() < self._min_free_bytes
 
     def spend_reserve(self) -> bool:
         """Gives the reserve back to the disk; False if it is spent already."""
@@ -100,6 +103,10 @@ class StoreFile:
     def close(self) -> None:
         self.db.close()
         self._lock.close()
+
+    def _free_bytes(self) -> int:
+        disk = os.statvfs(self.path)
+        return disk.f_bavail * disk.f_frsize
 
 
 def _lock(path: Path) -> IO[bytes]:

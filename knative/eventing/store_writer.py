@@ -27,6 +27,7 @@ GROUP_JOBS_MAX = 1024
 GROUP_BYTES_MAX = 4 << 20
 IDLE_S = 0.2  # then the file is made smaller
 FREE_PAGES_KEPT = 4096  # 16 MiB, for the next events
+SHORT_PAGES_KEPT = 256  # 1 MiB, where the disk is short of room
 USED_PAGES_MOVED = 2048  # 8 MiB; some 50 ms
 
 Kind = Literal["intake", "write", "read"]
@@ -183,13 +184,16 @@ class Writer:
         """Gives the room of a backlog that is gone back to the disk. Until then, and while some is left, it is reused.
 
         Not by incremental_vacuum, which looks each page up in the list of free ones: 15 MB/s seen at 500 MB."""
-        with suppress(sqlite3.Error):  # as on a full disk: another time
+        with suppress(sqlite3.Error, OSError):  # as on a full disk: another time
             pages, free = (
                 self._file.db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count")
             )
-            if free > FREE_PAGES_KEPT and pages - free < USED_PAGES_MOVED:
+            is_short = self._file.is_short_of_room()  # then what is kept for the next events would keep them out
+            if free > (SHORT_PAGES_KEPT if is_short else FREE_PAGES_KEPT) and pages - free < USED_PAGES_MOVED:
                 self._file.db.execute("VACUUM")
-                self._file.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            elif not is_short:
+                return
+            self._file.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _check_trust(self) -> None:
         if self._failure:
