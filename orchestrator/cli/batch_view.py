@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.batches.journal import State
     from orchestrator.batches.lines import BadLine
 
+ID_CHARACTERS = len("batch-0123456789ab")
 BAD_LINES_SHOWN = 20
 LINE_EVERY_S = 10.0  # where standard error is no terminal
 RATE_OVER_S = 30.0
@@ -203,7 +204,10 @@ def batch_table(batches: Sequence[Mapping[str, Any]]) -> Table:
     """One row a batch."""
     from rich.table import Table
 
-    table = Table("batch", "state", "sent", "completed", "failed", "left out", "output", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("batch", no_wrap=True, min_width=ID_CHARACTERS)  # to be copied, so never cut
+    for heading in ("state", "sent", "completed", "failed", "left out", "output"):
+        table.add_column(heading)
     for one in batches:
         counts = (f"{one[name]:,}" for name in ("sent", "completed", "failed", "bad_lines"))
         table.add_row(one["batch"], one["state"], *counts, one["output"] or "-")
