@@ -174,7 +174,7 @@ def undisturbed(platform: Any, job_file: Path, batch: str, output: Path) -> dict
         batch, str(job_file), job_file.stat().st_size, str(output), platform.facts["broker"], platform.facts["results"],
         "tiny", time.time(),
     )  # fmt: skip
-    quiet = Teller(lambda text: None, lambda bad: None, lambda state: None)
+    quiet = Teller(lambda text: None, lambda bad: None, lambda failed: None, lambda state: None)
     with Journal.create(output.with_name(output.name + ".batch"), state) as journal:
         asyncio.run(work(journal, quiet, wait=True, cancel_wanted=lambda: False))
     return results(output)
