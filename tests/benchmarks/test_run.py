@@ -63,8 +63,9 @@ def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
     assert names == EXPECTED[name]
     assert all(line["value"] > 0 and line["n"] == 1 and line["unit"] for line in lines)
     assert all(line["ratio"] > 0 for line in lines if "peer" in line)
-    # tokens that differ from the peer's are noted, and would make the figure worthless
-    assert not any("tokens" in line.get("note", "") for line in lines)
+    # tokens or texts that differ from the peer's are noted, and would make the figure worthless
+    notes = [line.get("note", "") for line in lines]
+    assert not any("tokens" in note or "texts are those of the peer" in note for note in notes)
     written = json.loads(output.read_text())
     assert written["figures"] == lines
     assert written["quick"] is True
