@@ -188,7 +188,7 @@ class _Store:
     def ages(self, now_s: float) -> Iterator[tuple[str, float]]:
         self._files.invalidate_cache()
         for path, facts in self._files.find(self._path, detail=True).items():
-            with suppress(NotImplementedError):
+            with suppress(NotImplementedError):  # a store that knows no ages: nothing there is swept
                 modified = facts.get("mtime") or facts.get("LastModified") or self._files.modified(path)
                 seconds = modified.timestamp() if hasattr(modified, "timestamp") else float(modified)
                 yield path.rpartition("/")[2], now_s - seconds

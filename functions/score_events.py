@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -102,10 +103,7 @@ class Scorer:
         return await asyncio.to_thread(self._claims.read, dataref, self._settings.body_bytes_max)
 
     async def _next(self, event: Event, stage: Stage, texts: Texts) -> Event:
-        states = [
-            await self._compute(lambda part=part: states_of(stage.runner, texts, part))  # type: ignore[misc]  # a default
-            for part in parts(texts)
-        ]
+        states = [await self._compute(partial(states_of, stage.runner, texts, part)) for part in parts(texts)]
         hidden = frame_of(torch.cat(states))
         data = Texts(texts.lengths, texts.tokens, hidden, texts.ask).to_body()
         dataref = None
@@ -117,10 +115,7 @@ class Scorer:
     async def _result(self, event: Event, stage: Stage, texts: Texts) -> Event:
         answers: list[dict[str, Any]] = []
         for part in parts(texts):
-            first = len(answers)
-            answers += await self._compute(
-                lambda part=part, first=first: answers_of(stage.runner, texts, part, first)  # type: ignore[misc]
-            )
+            answers += await self._compute(partial(answers_of, stage.runner, texts, part, len(answers)))
         count = len(texts.tokens)
         body = {
             "object": "list",

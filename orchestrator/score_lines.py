@@ -18,7 +18,7 @@ from knative.eventing.attributes import problem_of
 from knative.eventing.event import CloudEvent
 from orchestrator.batches.events import request_id
 from orchestrator.batches.lines import CUSTOM_ID_CHARACTERS_MAX, LINE_BYTES_MAX, BadLine, Request, too_long
-from orchestrator.batches.reader import CHUNK_BYTES, CHUNK_LINES, CHUNK_REQUESTS, Chunk, InputReader
+from orchestrator.batches.reader import InputReader
 from orchestrator.tokenizer import TokenizerError
 
 TOKEN_BOUND = 1 << 31  # token ids are int32
@@ -41,23 +41,6 @@ class TextReader(InputReader):
         self._name = model
         self._ask = ask
         self._encode = encode
-
-    def chunk(self) -> Chunk | None:
-        """The next lines; None at the end."""
-        requests: list[Request] = []
-        bad: list[BadLine] = []
-        first_line, size_bytes = self._line, 0
-        while len(requests) < CHUNK_REQUESTS and size_bytes < CHUNK_BYTES and self._line - first_line < CHUNK_LINES:
-            raw = self._next()
-            if raw is None:
-                break
-            parsed = self._parsed(raw)
-            if isinstance(parsed, Request):
-                requests.append(parsed)
-                size_bytes += len(parsed.line)
-            elif parsed is not None:
-                bad.append(parsed)
-        return None if self._line == first_line else Chunk(tuple(requests), tuple(bad), self._mark(), self._name)
 
     def _parsed(self, raw: bytes) -> Request | BadLine | None:
         if not raw.strip():

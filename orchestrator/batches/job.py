@@ -19,7 +19,7 @@ from orchestrator.batches.journal import Journal, State
 from orchestrator.batches.lines import BadLine
 from orchestrator.batches.patience import Tell
 from orchestrator.batches.reader import InputChanged, InputReader
-from orchestrator.batches.submit import send_all
+from orchestrator.batches.submit import ToEvent, batch_event, send_all
 
 LOOK_EVERY_S = 0.25
 CANCEL_TIMEOUT_S = 30.0  # for the broker, and for the results service
@@ -36,13 +36,26 @@ class Teller:
     look: Callable[[State], None]  # called several times a second
 
 
-async def work(journal: Journal, teller: Teller, *, wait: bool, cancel_wanted: Callable[[], bool]) -> None:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What the lines of an input are."""
+
+    reader: Callable[[BinaryIO, State], InputReader]
+    to_event: ToEvent
+
+
+BATCH = Kind(lambda stream, state: InputReader(stream, state.model), batch_event)
+
+
+async def work(
+    journal: Journal, teller: Teller, *, wait: bool, cancel_wanted: Callable[[], bool], kind: Kind = BATCH
+) -> None:
     """Sends what is not sent yet and, with `wait`, writes results until the batch is over.
 
     Raises ServiceError, JournalError and InputChanged; then, and when it is cancelled, the journal says how far it was
     and it can be called again."""
     async with session() as http:
-        doing = [asyncio.create_task(_send(journal, http, teller))]
+        doing = [asyncio.create_task(_send(journal, kind, http, teller))]
         if wait:
             doing.append(asyncio.create_task(collect(journal, _results(journal, http, teller), teller.failed)))
         try:
@@ -92,14 +105,14 @@ def session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), skip_auto_headers=("content-type",))
 
 
-async def _send(journal: Journal, http: aiohttp.ClientSession, teller: Teller) -> None:
+async def _send(journal: Journal, kind: Kind, http: aiohttp.ClientSession, teller: Teller) -> None:
     if journal.state.all_sent or journal.state.cancelling:
         return
     broker = BrokerClient(http, journal.state.broker, teller.trouble, is_known=journal.state.sent > 0)
     try:
         stream = open_input(journal.state)
         try:
-            await send_all(journal, InputReader(stream, journal.state.model), broker, teller.bad_line)
+            await send_all(journal, kind.reader(stream, journal.state), kind.to_event, broker, teller.bad_line)
         finally:
             if journal.state.input_bytes is not None:  # closing a pipe would wait for the read that is blocked
                 stream.close()

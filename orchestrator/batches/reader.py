@@ -71,7 +71,7 @@ class InputReader:
             raw = self._next()
             if raw is None:
                 break
-            parsed = too_long(self._line) if len(raw) > LINE_BYTES_MAX else parse_line(self._line, raw, self._model)
+            parsed = self._parsed(raw)
             if isinstance(parsed, Request):
                 self._model = parsed.model
                 requests.append(parsed)
@@ -81,6 +81,10 @@ class InputReader:
         if self._line == first_line:
             return None
         return Chunk(tuple(requests), tuple(bad), self._mark(), self._model)
+
+    def _parsed(self, raw: bytes) -> Request | BadLine | None:
+        """What the line says that was read last; None for a blank one. Other kinds of input read it otherwise."""
+        return too_long(self._line) if len(raw) > LINE_BYTES_MAX else parse_line(self._line, raw, self._model)
 
     def _mark(self) -> Mark:
         return Mark(self._offset, self._line, self._hash.hexdigest())

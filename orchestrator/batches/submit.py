@@ -14,12 +14,14 @@ from knative.eventing.event import CloudEvent
 from orchestrator.batches.broker_client import BrokerClient
 from orchestrator.batches.events import request_event, request_id
 from orchestrator.batches.journal import Journal
-from orchestrator.batches.lines import BadLine
+from orchestrator.batches.lines import BadLine, Request
 from orchestrator.batches.reader import Chunk, InputReader
 
 CHUNKS_AT_ONCE = 4
 
 T = TypeVar("T")
+ToEvent = Callable[[str, Request], CloudEvent]
+"""The event of a request of the batch named; its id is events.request_id, so that a refusal is found again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,17 @@ class _Sent:
     refused: tuple[str, ...]  # custom_ids that the broker does not take
 
 
+def batch_event(batch: str, request: Request) -> CloudEvent:
+    """The event of a line of a batch. Raises InvalidEvent."""
+    return request_event(batch, request.custom_id, request.model, request.line)
+
+
 async def send_all(
-    journal: Journal, reader: InputReader, broker: BrokerClient, tell_bad: Callable[[BadLine], None]
+    journal: Journal,
+    reader: InputReader,
+    to_event: ToEvent,
+    broker: BrokerClient,
+    tell_bad: Callable[[BadLine], None],
 ) -> None:
     """Sends what the journal does not have as sent, until the input ends. Raises ServiceError, JournalError,
     InputChanged and OSError; whatever ends it, what the broker has is noted, up to the first chunk that it has not."""
@@ -51,7 +62,7 @@ async def send_all(
                 chunk, reading = reading.result(), None
                 at_end = chunk is None
                 if chunk is not None:
-                    waiting.append((chunk, _start(journal, chunk, broker)))
+                    waiting.append((chunk, _start(journal, chunk, to_event, broker)))
             while waiting and waiting[0][1].done():
                 chunk, task = waiting.popleft()
                 sent = task.result()
@@ -65,16 +76,17 @@ async def send_all(
         await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
 
 
-def _start(journal: Journal, chunk: Chunk, broker: BrokerClient) -> asyncio.Task[_Sent]:
+def _start(journal: Journal, chunk: Chunk, to_event: ToEvent, broker: BrokerClient) -> asyncio.Task[_Sent]:
     duplicates = journal.claim(chunk.requests)
-    return asyncio.create_task(_send(journal.state.batch, chunk, duplicates, broker))
+    return asyncio.create_task(_send(journal.state.batch, chunk, duplicates, to_event, broker))
 
 
-async def _send(batch: str, chunk: Chunk, duplicates: Sequence[BadLine], broker: BrokerClient) -> _Sent:
+async def _send(
+    batch: str, chunk: Chunk, duplicates: Sequence[BadLine], to_event: ToEvent, broker: BrokerClient
+) -> _Sent:
     left_out = {line.number for line in duplicates}
     requests = {request_id(batch, one.custom_id): one for one in chunk.requests if one.number not in left_out}
-    events: list[CloudEvent] = [request_event(batch, one.custom_id, one.model, one.line) for one in requests.values()]
-    refusals = await broker.deliver(events)
+    refusals = await broker.deliver([to_event(batch, one) for one in requests.values()])
     refused = {requests[id]: refusal for id, refusal in refusals.items()}
     bad = [BadLine(one.number, one.custom_id, "refused_by_broker", str(why)) for one, why in refused.items()]
     in_order = sorted((*chunk.bad, *duplicates, *bad), key=lambda line: line.number)

@@ -125,21 +125,22 @@ def _work(path: Path, state: State, encode: Encode | None, *, wait: bool, to_std
 
 def _run(journal: Journal, encode: Encode | None, *, wait: bool) -> None:
     from functions.contract.scoring import Ask
+    from orchestrator.batches.job import Kind, work
     from orchestrator.batches.reader import InputChanged
     from orchestrator.cli.batch_view import watched
-    from orchestrator.score_job import work
-    from orchestrator.score_lines import TextReader
+    from orchestrator.score_lines import TextReader, score_event
 
     state = journal.state
     pooling: Literal["mean", "last"] = "last" if state.batch.startswith("embed-last-") else "mean"
     ask = Ask("embedding" if state.batch.startswith("embed-") else "logprobs", pooling)
 
-    def reader(stream: BinaryIO) -> TextReader:
+    def reader(stream: BinaryIO, state: State) -> TextReader:
         return TextReader(stream, state.model or "", ask, encode)
 
     try:
         with watched(wait=wait) as teller:
-            asyncio.run(work(journal, reader, teller, wait=wait))
+            texts = Kind(reader, score_event)
+            asyncio.run(work(journal, teller, wait=wait, cancel_wanted=lambda: False, kind=texts))
     except KeyboardInterrupt:
         note(f"stopped: {journal.state.sent:,} sent, {journal.state.finished:,} results; the same command goes on")
         raise typer.Exit(130) from None
