@@ -19,9 +19,9 @@ from knative.resources import schema
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
 from knative.resources.eventing import EVENTING_API_VERSION, FLOWS_API_VERSION, read_broker, read_sequence, read_trigger
 from knative.resources.field_errors import FieldError, Problems
+from knative.resources.identity import check_identity
 from knative.resources.inference_service import INFERENCE_API_VERSION, read_inference_service
 from knative.resources.kinds import reason_to_skip, unknown_kind
-from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
 from knative.resources.objects import Broker, ConfigMap, InferenceService, Resource, ServingRuntime, Trigger
 from knative.resources.objects import Sequence as Flow
 from knative.resources.service import API_VERSION, ONLY_KPA, Settings, read_service
@@ -293,12 +293,7 @@ class Parser:
         tree = cast(Tree, schema.sifted(dict(document.value), schema.CONFIG_MAP, problems))
         metadata = child(tree, "metadata")
         name, namespace = text(metadata, "name"), text(metadata, "namespace") or "default"
-        if not name:
-            problems.missing("metadata.name")
-        elif not is_dns_1123_subdomain(name):
-            problems.invalid(name, "metadata.name", "not a DNS 1123 subdomain")
-        if not is_dns_1123_label(namespace):
-            problems.invalid(namespace, "metadata.namespace", "not a DNS 1123 label")
+        check_identity(name, namespace, problems)
         data = text_map(tree, "data")
         if not problems.errors and namespace == SYSTEM_NAMESPACE:
             self._settle(name, data, problems)

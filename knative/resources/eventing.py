@@ -16,7 +16,7 @@ from knative.eventing.destination import Destination, read_destination
 from knative.eventing.filters import read_filter
 from knative.resources import schema
 from knative.resources.field_errors import Problems
-from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
+from knative.resources.identity import check_identity
 from knative.resources.objects import Broker, Sequence, Step, Trigger
 from knative.resources.service import follows
 from knative.resources.trees import Tree, child, text, text_map
@@ -133,12 +133,7 @@ def _sifted(manifest: Mapping[str, object], shape: schema.Shape) -> tuple[Tree, 
     metadata = child(tree, "metadata")
     name, namespace = text(metadata, "name"), text(metadata, "namespace") or "default"
     tree["metadata"] = {**metadata, "namespace": namespace}
-    if not name:
-        problems.missing("metadata.name")
-    elif not is_dns_1123_subdomain(name):
-        problems.invalid(name, "metadata.name", "not a DNS 1123 subdomain")
-    if not is_dns_1123_label(namespace):
-        problems.invalid(namespace, "metadata.namespace", "not a DNS 1123 label")
+    check_identity(name, namespace, problems)
     return tree, misfits, problems
 
 

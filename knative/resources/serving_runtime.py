@@ -11,8 +11,8 @@ from typing import cast
 
 from knative.resources import schema
 from knative.resources.field_errors import Problems
+from knative.resources.identity import check_identity
 from knative.resources.kserve_schema import SERVING_RUNTIME
-from knative.resources.names import is_dns_1123_label, is_dns_1123_subdomain
 from knative.resources.objects import ServingRuntime
 from knative.resources.trees import Tree, child, children, text, texts
 
@@ -28,12 +28,7 @@ def read_runtime(manifest: Mapping[str, object], *, cluster: bool) -> tuple[Serv
     tree.pop("status", None)
     metadata = child(tree, "metadata")
     name, namespace = text(metadata, "name"), "" if cluster else text(metadata, "namespace") or "default"
-    if not name:
-        problems.missing("metadata.name")
-    elif not is_dns_1123_subdomain(name):
-        problems.invalid(name, "metadata.name", "not a DNS 1123 subdomain")
-    if namespace and not is_dns_1123_label(namespace):
-        problems.invalid(namespace, "metadata.namespace", "not a DNS 1123 label")
+    check_identity(name, namespace, problems)
     _check_spec(child(tree, "spec"), problems)
     own = {key: value for key, value in metadata.items() if key != "namespace"}
     tree["metadata"] = own if cluster else {**own, "namespace": namespace}

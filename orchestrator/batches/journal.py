@@ -31,6 +31,7 @@ from orchestrator.batches.lines import (
     parse_output,
 )
 from orchestrator.batches.reader import NOTHING_READ, Chunk, Mark
+from orchestrator.batches.transactions import transaction
 
 VERSION = 1  # PRAGMA user_version
 APPLICATION_ID = 0x53744261  # "StBa"
@@ -246,15 +247,8 @@ class Journal:
     def _transaction(self) -> Iterator[None]:
         """After an error the journal is to be closed: the next opening cuts off what was appended meanwhile."""
         self._unsaved = self.state
-        with self._readable():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._readable(), transaction(self._db):
+            yield
         self.state = self._unsaved
 
     @contextmanager

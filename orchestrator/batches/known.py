@@ -9,18 +9,12 @@ STATE is $XDG_STATE_HOME/stagecraft, by default ~/.local/state/stagecraft.
 from __future__ import annotations
 
 import fcntl
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.batches.journal import SUFFIX, JournalError
-
-
-def state_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """$XDG_STATE_HOME/stagecraft; a relative path there does not count (XDG Base Directory Specification)."""
-    named = environment.get("XDG_STATE_HOME", "")
-    return (Path(named) if named.startswith("/") else Path.home() / ".local" / "state") / "stagecraft"
+from orchestrator.state_folder import state_folder
 
 
 class KnownBatches:

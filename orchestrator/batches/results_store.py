@@ -16,6 +16,7 @@ from typing import Any
 
 from knative.eventing.store_errors import StoreError, readable
 from orchestrator.batches.lines import Kind
+from orchestrator.batches.transactions import transaction
 
 VERSION = 1  # PRAGMA user_version
 APPLICATION_ID = 0x53745265  # "StRe"
@@ -193,15 +194,8 @@ class ResultsStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._readable():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # SQLite has rolled back by itself after some errors
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._readable(), transaction(self._db):
+            yield
 
     @contextmanager
     def _readable(self) -> Iterator[None]:

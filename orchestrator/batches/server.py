@@ -23,9 +23,9 @@ import uvicorn
 from functions.contract.logs import configure_logs
 from knative.eventing.store_errors import StoreError
 from orchestrator.batches.group_commit import GroupCommit
-from orchestrator.batches.known import state_folder
 from orchestrator.batches.results_api import results_app
 from orchestrator.batches.results_store import ResultsStore
+from orchestrator.state_folder import state_folder
 
 PORT_DEFAULT = 8080
 GRACE_S = 10

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli.batch_addresses import addresses, results_address
+from orchestrator.cli.batch_errors import readable_errors
 from orchestrator.cli.console import fail, note
 from orchestrator.cli.platform_client import PlatformOption
 
@@ -115,7 +116,7 @@ def submit(
         model or where.model,
         time.time(),
     )
-    with _readable_errors():
+    with readable_errors():
         known = KnownBatches()
         path = known.journal_path(batch, output.absolute() if output else None)
         with known.working_on(batch), Journal.create(path, state) as journal, _interruptible(journal):
@@ -170,7 +171,7 @@ def cancel(batch: BatchArgument, as_json: JsonOption = False) -> None:
 
     path, state = _find(batch)
     known = KnownBatches()
-    with _readable_errors():
+    with readable_errors():
         while True:
             with known.working_on(state.batch) as is_free:
                 if is_free:
@@ -213,7 +214,7 @@ def status(
         data = facts(path, state if results is None else replace(state, results=results))
     else:
         data["results"] = results_address(results, None)
-    with _readable_errors():
+    with readable_errors():
         answered, counts, dead = asyncio.run(_ask_service(data["batch"], data["results"]))
     data |= {"service": counts, "dead_letters": dead}
     if as_json:
@@ -278,7 +279,7 @@ def results(
 
     if output is not None and os.path.lexists(output):
         fail(f"{output} exists already; choose another file", 2)
-    with _readable_errors():
+    with readable_errors():
         path = KnownBatches().find(batch)
         state = read_state(path) if path else None
         url = results or (state.results if state else None) or results_address(None, platform)
@@ -307,7 +308,7 @@ def _find(reference: str) -> tuple[Path, State]:
     path = KnownBatches().find(reference)
     if path is None:
         fail(f"there is no batch {reference} on this machine; `stagecraft batch list` shows which there are")
-    with _readable_errors():
+    with readable_errors():
         return path, read_state(path)
 
 
@@ -318,7 +319,7 @@ def _opened(reference: str) -> Iterator[Journal]:
     from orchestrator.batches.known import KnownBatches
 
     path, state = _find(reference)
-    with _readable_errors(), KnownBatches().working_on(state.batch) as is_free:
+    with readable_errors(), KnownBatches().working_on(state.batch) as is_free:
         if not is_free:
             fail(
                 f"another process works on batch {state.batch}; `stagecraft batch status {state.batch}` shows how far "
@@ -373,18 +374,6 @@ def _interruptible(journal: Journal) -> Iterator[None]:
         fail(f"{journal.state.input} is not what this batch was begun with: {error}; submit it as a new batch")
     except ServiceError as error:
         note(f"`stagecraft batch resume {journal.state.batch}` goes on; it takes --broker and --results as well")
-        fail(str(error))
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Ends the command with 1 and a message."""
-    from orchestrator.batches.broker_client import ServiceError
-    from orchestrator.batches.journal import JournalError
-
-    try:
-        yield
-    except (JournalError, ServiceError) as error:
         fail(str(error))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from orchestrator.state_folder import state_folder
 
 DataDirOption = Annotated[
     Path | None,
@@ -19,8 +20,4 @@ DataDirOption = Annotated[
 
 def data_folder(wanted: Path | None, platform: str) -> Path:
     """The folder `wanted`, else one of the platform's name where the user's programs keep their state (XDG)."""
-    if wanted is not None:
-        return wanted.absolute()
-    state = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
-    return base / "stagecraft" / platform
+    return state_folder() / platform if wanted is None else wanted.absolute()

@@ -18,6 +18,7 @@ import typer
 
 from orchestrator.cli.batch import BrokerOption, JsonOption, ResultsOption
 from orchestrator.cli.batch_addresses import NAMESPACE, Addresses, addresses
+from orchestrator.cli.batch_errors import readable_errors
 from orchestrator.cli.console import fail, note
 from orchestrator.cli.platform_client import PlatformOption, connected
 
@@ -80,7 +81,7 @@ def score(
         fail(f"there is no folder {output.absolute().parent} to write {output.name} to", 2)
     kind = f"embed-{pooling}" if embeddings else "score"
     encode = _encoder(tokenizer)
-    with _folder_of(output) as (folder, target), _readable_errors():
+    with _folder_of(output) as (folder, target), readable_errors():
         journal_path = folder / f"{target.name}{JOURNAL_SUFFIX}"
         if journal_path.exists():
             state = _begun(journal_path, file, kind)
@@ -223,15 +224,3 @@ def _folder_of(output: Path | None) -> Iterator[tuple[Path, Path]]:
         return
     with tempfile.TemporaryDirectory(prefix="stagecraft-score-") as folder:
         yield Path(folder), Path(folder) / "results.jsonl"
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Ends the command with 1 and a message."""
-    from orchestrator.batches.broker_client import ServiceError
-    from orchestrator.batches.journal import JournalError
-
-    try:
-        yield
-    except (JournalError, ServiceError) as error:
-        fail(str(error))

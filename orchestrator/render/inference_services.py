@@ -35,9 +35,8 @@ def serving_runtime_name(what: Deployment) -> str:
 
 def serving_runtime(what: Deployment) -> Tree:
     """What all stages have in common. No stage is chosen by it: each names it."""
-    container = stage_pod(what, 0).container
-    volumes = stage_pod(what, 0).volumes
-    probes = {key: _with_port(container[key]) for key in ("readinessProbe", "livenessProbe")}
+    pod = stage_pod(what, 0)
+    probes = {key: _with_port(pod.container[key]) for key in ("readinessProbe", "livenessProbe")}
     return {
         "apiVersion": "serving.kserve.io/v1alpha1",
         "kind": "ServingRuntime",
@@ -51,9 +50,9 @@ def serving_runtime(what: Deployment) -> Tree:
                 {"name": FORMAT, "version": "1", "autoSelect": Noted(False, "other models of this namespace keep away")}
             ],
             "containers": [
-                {"name": CONTAINER, **{key: container[key] for key in _SHARED if key in container}, **probes}
+                {"name": CONTAINER, **{key: pod.container[key] for key in _SHARED if key in pod.container}, **probes}
             ],
-            "volumes": volumes,
+            "volumes": pod.volumes,
         },
     }
 
