@@ -70,10 +70,11 @@ def test_slash_at_the_end_of_the_location_does_not_count(folder: Path) -> None:
     assert open_checkpoint(f"{folder}/").location == str(folder)
 
 
-def test_remote_tensor_is_read_by_its_range_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def amounts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes asked for in each read of a remote file, filled as they happen."""
     from fsspec.implementations.memory import MemoryFile
 
-    checkpoint = open_checkpoint(to_memory(folder))
     amounts: list[int] = []
     original = MemoryFile.readinto
 
@@ -82,24 +83,21 @@ def test_remote_tensor_is_read_by_its_range_alone(folder: Path, monkeypatch: pyt
         return int(original(self, into))
 
     monkeypatch.setattr(MemoryFile, "readinto", counted, raising=False)
+    return amounts
+
+
+def test_remote_tensor_is_read_by_its_range_alone(folder: Path, amounts: list[int]) -> None:
+    checkpoint = open_checkpoint(to_memory(folder))
     read(checkpoint, "model.layers.0.w")
     assert amounts == [12]
 
 
-def test_large_remote_tensor_is_read_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_remote_tensor_is_read_in_pieces(
+    folder: Path, amounts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fsspec reads into memory of its own first: read at once, a tensor would take its size twice."""
-    from fsspec.implementations.memory import MemoryFile
-
     monkeypatch.setattr("functions.contract.checkpoint._PIECE_BYTES", 5)
     checkpoint = open_checkpoint(to_memory(folder))
-    amounts: list[int] = []
-    original = MemoryFile.readinto
-
-    def counted(self: Any, into: Any) -> int:
-        amounts.append(len(into))
-        return int(original(self, into))
-
-    monkeypatch.setattr(MemoryFile, "readinto", counted, raising=False)
     assert read(checkpoint, "model.layers.0.w") == TENSORS["model.layers.0.w"].tobytes()
     assert amounts == [5, 5, 2]
 
