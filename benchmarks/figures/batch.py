@@ -143,7 +143,7 @@ async def _batch(bench: Bench, platform: RunningPlatform, what: Deployment, jobs
     requests.write_text("".join(json.dumps(_line(number, job)) + "\n" for number, job in enumerate(jobs)))
     facts = await _submit(bench, requests, output, platform, what)
     wall_s = output.stat().st_mtime - facts["created_s"]
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = [json.loads(line) for line in output.read_bytes().splitlines()]
     texts = {line["custom_id"]: _text(line) for line in lines}
     if len(lines) != len(jobs) or len(texts) != len(jobs):
         raise MeasureError(f"{len(jobs)} jobs have {len(lines)} results for {len(texts)} of them")

@@ -197,8 +197,8 @@ class ResultsService:
         return httpx.get(f"{self.url}/batches/{batch}").json()
 
     def lines(self, batch: str) -> list[dict[str, Any]]:
-        text = httpx.get(f"{self.url}/batches/{batch}/results?limit=10000").text
-        return [json.loads(line) for line in text.splitlines()]
+        body = httpx.get(f"{self.url}/batches/{batch}/results?limit=10000").content
+        return [json.loads(line) for line in body.splitlines()]
 
 
 def free_port() -> int:

@@ -116,7 +116,7 @@ def test_a_batch_from_its_lines_to_its_results(
     assert done.code == 1, done.err  # as lines were left out
     assert set(answers) == {200}
 
-    lines = [json.loads(text) for text in output.read_text().splitlines()]
+    lines = [json.loads(text) for text in output.read_bytes().splitlines()]
     responses = {one["custom_id"]: one["response"] for one in lines}
     plain = {f"line-{number:06}" for number in range(27, 31)}
     assert sorted(responses) == sorted(one["custom_id"] for one in lines)
@@ -133,7 +133,7 @@ def test_a_batch_from_its_lines_to_its_results(
         assert (responses[wrong]["status_code"], responses[wrong]["body"]["error"]["code"]) == (status, code)
     assert [responses[one]["status_code"] for one in plain] == [200] * 4
 
-    errors = [json.loads(text) for text in Path(done.json["errors"]).read_text().splitlines()]
+    errors = [json.loads(text) for text in Path(done.json["errors"]).read_bytes().splitlines()]
     assert [one["error"]["code"] for one in errors] == list(BAD)
     for number in range(21, 26):
         assert f"line {number}" in done.err

@@ -39,7 +39,7 @@ def test_a_batch_larger_than_the_disk_loses_nothing(
     done = batch("submit", prompts, "-o", output, "--json")
     assert done.code == 0, done.err
     assert "the broker answers 507" in done.err
-    results = [json.loads(line) for line in output.read_text().splitlines()]
+    results = [json.loads(line) for line in output.read_bytes().splitlines()]
     assert sorted(one["custom_id"] for one in results) == [f"line-{number + 1:06}" for number in range(JOBS)]
     assert {one["response"]["status_code"] for one in results} == {200}
     counts = httpx.get(f"{platform.facts['results']}/batches/{done.json['batch']}").json()

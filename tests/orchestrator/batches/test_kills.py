@@ -54,8 +54,10 @@ def line(number: int) -> dict[str, Any]:
 
 
 def results(path: Path) -> dict[str, Any]:
-    """By custom_id, each once; without the times, which are those of the requests' arrival."""
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    """By custom_id, each once; without the times, which are those of the requests' arrival.
+
+    Lines are those of bytes: a random model may say U+0085, at which Python's splitlines ends a line of text."""
+    lines = [json.loads(text) for text in path.read_bytes().splitlines()]
     for one in lines:
         one["response"]["body"].pop("created", None)
     found = {one["custom_id"]: one for one in lines}
@@ -199,8 +201,8 @@ def dead_letters(platform: Any, batch: str) -> list[dict[str, Any]]:
     while any(one["waiting"] or one["dead_letters_waiting"] for one in platform.status()["triggers"]):
         assert time.monotonic() < deadline, platform.status()["triggers"]
         time.sleep(0.1)
-    text = httpx.get(f"{platform.facts['results']}/batches/{batch}/dead-letters?limit=10000", timeout=WAIT_S).text
-    return [json.loads(one) for one in text.splitlines()]
+    body = httpx.get(f"{platform.facts['results']}/batches/{batch}/dead-letters?limit=10000", timeout=WAIT_S).content
+    return [json.loads(one) for one in body.splitlines()]
 
 
 @pytest.mark.slow

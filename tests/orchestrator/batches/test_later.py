@@ -98,7 +98,7 @@ def test_what_a_channel_was_told_is_taken_has_one_result_each(
 def collected(http: httpx.Client, url: str) -> dict[str, Any]:
     deadline = time.monotonic() + WAIT_S
     while True:
-        lines = [json.loads(text) for text in http.get(url).text.splitlines()]
+        lines = [json.loads(text) for text in http.get(url).content.splitlines()]
         if len(lines) >= JOBS:
             break
         assert time.monotonic() < deadline, f"{len(lines)} results"

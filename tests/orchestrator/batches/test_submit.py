@@ -23,7 +23,7 @@ Prompts = Callable[[int], Path]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def ids(path: Path) -> list[str]:

@@ -88,7 +88,7 @@ def test_a_batch_goes_through_the_files_as_they_are(stagecraft: Any, platform: d
     assert done.code == 0, done.err
     facts = json.loads(done.out)
     assert (facts["completed"], facts["failed"]) == (9, 0)
-    results = [json.loads(line) for line in output.read_text().splitlines()]
+    results = [json.loads(line) for line in output.read_bytes().splitlines()]
     assert {one["custom_id"] for one in results} == {f"line-{number + 1:06}" for number in range(9)}
     assert all(one["response"]["body"]["usage"]["completion_tokens"] == 4 for one in results)
     deleted = stagecraft("local", "delete", "-f", folder, "--platform", "rendered")
