@@ -16,6 +16,7 @@ from orchestrator.render.knative_services import PROGRESS_DEADLINE
 from orchestrator.render.noted import Tree, to_yaml
 
 _MARGIN_S = 60  # Knative tells a missed deadline a little later
+_DEADLINE = "600s"  # progress-deadline of Knative's config-deployment, for a service that sets none
 _VISIBILITY = "networking.knative.dev/visibility"
 _SCALE_FLAGS = {
     "autoscaling.knative.dev/min-scale": "--scale-min",
@@ -65,7 +66,7 @@ def _flags(service: Tree) -> Iterator[tuple[str, ...]]:
     metadata, template = service["metadata"], service["spec"]["template"]
     yield "--namespace", metadata.pop("namespace")
     # kn gives up after 600 s by itself, which would end the script while a large model is still loading
-    deadline_s = int(template["metadata"]["annotations"][PROGRESS_DEADLINE].removesuffix("s"))
+    deadline_s = int(template["metadata"]["annotations"].get(PROGRESS_DEADLINE, _DEADLINE).removesuffix("s"))
     yield "--wait-timeout", str(deadline_s + _MARGIN_S)
     labels = metadata.pop("labels", {})
     if labels.pop(_VISIBILITY, None) == "cluster-local":

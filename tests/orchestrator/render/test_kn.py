@@ -18,12 +18,14 @@ import yaml
 
 from orchestrator.cost import Cost
 from orchestrator.render.deployment import (
+    Batch,
     Deployment,
     DeploymentError,
     Gpu,
     Images,
     Scaling,
     Scheduling,
+    Scoring,
     Toleration,
     WeightSource,
 )
@@ -65,6 +67,8 @@ DEPLOYMENTS: dict[str, dict[str, Any]] = {
     },
     "nothing-around": {"around": None},
     "zero": {"scaling": Scaling(initial_scale=0, target_burst_capacity=0)},
+    "batch": {"batch": Batch()},
+    "batch-kept": {"batch": Batch("jobs", "results-claim"), "scoring": Scoring("sequence", "jobs")},
 }
 # a stand-in for kn that writes down how it was called
 RECORDER = """#!{python} -IS
