@@ -30,7 +30,7 @@ def concurrency(what: Deployment) -> tuple[Concurrency, ...]:
     count, asked = len(what.plan.stages), what.scaling
     if asked.target is not None and (asked.container_concurrency is not None or what.stage is None):
         limit = asked.container_concurrency or 0
-        return (Concurrency(asked.target, limit, _burst(what, limit), ("as asked for",)),) * count
+        return (Concurrency(asked.target, limit, _burst(what, asked.target, limit), ("as asked for",)),) * count
     budgets = [stage_budget(what, index).kv_bytes_expected for index in range(count)]
     try:
         derived = stage_targets(tuple(_stages(what)), what.workload, GPU if what.gpu else CPU, budgets)
@@ -47,7 +47,8 @@ def concurrency(what: Deployment) -> tuple[Concurrency, ...]:
                 "never have so many requests at once; raise the limit, or give a lower --target"
             )
         lines = one.arithmetic if asked.target is None else ("as asked for",)
-        found.append(Concurrency(target, limit, _burst(what, limit), lines, _holds_a_lane(what, index, budgets[index])))
+        burst, holds = _burst(what, target, limit), _holds_a_lane(what, index, budgets[index])
+        found.append(Concurrency(target, limit, burst, lines, holds))
     return tuple(found)
 
 
@@ -65,7 +66,8 @@ def _stages(what: Deployment) -> Iterator[StageSpec]:
         yield stage if stage.cost is None else replace(stage, cost=loaded_cost(what, stage.cost))
 
 
-def _burst(what: Deployment, limit: int) -> int:
+def _burst(what: Deployment, target: float, limit: int) -> int:
+    """More than Knative counts all replicas to take: without a hard limit, the target of each."""
     if what.scaling.target_burst_capacity is not None:
         return what.scaling.target_burst_capacity
-    return max(_BURST_MIN, what.scaling.max_scale * limit + 1)
+    return max(_BURST_MIN, what.scaling.max_scale * (limit or math.ceil(target)) + 1)

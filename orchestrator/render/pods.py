@@ -109,8 +109,8 @@ def orchestrator_pod(what: Deployment) -> Pod:
         "volumeMounts": _mounts(source, shared_memory=False),
     }
     fields, features = _volume_features(what, source)
-    if what.scheduling.fs_group is not None and source.mount is not None:
-        # the claim is open to that group only
+    if what.scheduling.fs_group is not None and (source.mount is not None or source.storage_uri.startswith("pvc://")):
+        # the claim is open to that group only, whoever mounts it
         fields["securityContext"] = {"fsGroup": what.scheduling.fs_group}
         features = (*features, "kubernetes.podspec-securitycontext")
     return Pod(container, _volumes(source, None), fields, source, features, deadline_s)

@@ -141,6 +141,32 @@ def test_a_secret_for_the_weights(deployment: Make, complaints: Complaints, uri:
         assert complaints(what) == []
 
 
+@pytest.mark.parametrize("orchestrator_as", RUNTIMES)
+def test_all_pods_that_mount_a_claim_are_in_its_group(
+    deployment: Make, trees: Callable[[Deployment], list[dict[str, Any]]], orchestrator_as: str
+) -> None:
+    for stages_as, (weights, mounted) in product(RUNTIMES, (("pvc://claim/x", True), ("s3://bucket/x", False))):
+        group = Scheduling(fs_group=2000)
+        what = deployment(2, weights, stages_as=stages_as, orchestrator_as=orchestrator_as, scheduling=group)
+        kinds = ("Service", "InferenceService")
+        by_name = {one["metadata"]["name"]: one["spec"] for one in trees(what) if one["kind"] in kinds}
+        spec = by_name[what.service_name]
+        pod = spec["predictor"] if orchestrator_as == "kserve" else spec["template"]["spec"]
+        assert pod.get("securityContext") == ({"fsGroup": 2000} if mounted else None), (stages_as, weights)
+
+
+@pytest.mark.parametrize("limit", [0, 150])
+def test_the_burst_capacity_is_above_what_all_replicas_take(
+    deployment: Make, trees: Callable[[Deployment], list[dict[str, Any]]], limit: int
+) -> None:
+    """Without a hard limit Knative counts the target for each."""
+    what = deployment(scaling=Scaling(target=100, container_concurrency=limit, max_scale=4))
+    stages = [one["spec"]["template"]["metadata"] for one in trees(what) if one["metadata"]["name"] in what.stage_names]
+    for stage in stages:
+        assert int(stage["annotations"]["autoscaling.knative.dev/target-burst-capacity"]) > 4 * 100
+    assert len(stages) == 2
+
+
 names = st.from_regex(r"[a-z]([-a-z0-9]{0,30}[a-z0-9])?", fullmatch=True).filter(
     lambda text: "-predictor" not in text and "-default" not in text
 )
