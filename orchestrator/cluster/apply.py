@@ -12,15 +12,15 @@ from orchestrator.cluster.objects import Object
 
 Action = Literal["created", "configured", "unchanged"]
 
-# a cluster without these serves models all the same
-_OPTIONAL = {
-    "monitoring.coreos.com": "the Prometheus operator",
-    "eventing.knative.dev": "Knative Eventing",
-    "messaging.knative.dev": "Knative Eventing",
-    "sinks.knative.dev": "Knative Eventing",
-}
+# a cluster without these serves all the same
+_OPTIONAL = {"PodMonitor": "the Prometheus operator", "EventType": "Knative Eventing"}
+_EVENTING = (
+    "Knative Eventing; install it as https://knative.dev/docs/install describes, or render without --batch, --scoring"
+)
 _REQUIRED = {
     "serving.knative.dev": "Knative Serving; install it as https://knative.dev/docs/install describes",
+    "eventing.knative.dev": _EVENTING,
+    "flows.knative.dev": _EVENTING,
     "serving.kserve.io": (
         "KServe; install it as https://kserve.github.io/website describes, or render without it: "
         "--stages-as knative --orchestrator-as knative"
@@ -79,8 +79,8 @@ def locate(cluster: Cluster, objects: Iterable[Object], *, missing_is_fine: bool
         kind = cluster.kind(one.api_version, one.kind)
         if kind is not None:
             placed.append(Placed(one, kind, (one.namespace or cluster.namespace) if kind.namespaced else ""))
-        elif one.group in _OPTIONAL or missing_is_fine:
-            owner = _OPTIONAL.get(one.group) or _REQUIRED.get(one.group, "its API").partition(";")[0]
+        elif one.kind in _OPTIONAL or missing_is_fine:
+            owner = _OPTIONAL.get(one.kind) or _REQUIRED.get(one.group, "its API").partition(";")[0]
             skipped.append(Skipped(one, f"the cluster has no {one.kind} in {one.api_version} ({owner})"))
         else:
             problems[_missing(one)] = None

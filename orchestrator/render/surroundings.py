@@ -134,16 +134,20 @@ def event_types(what: Deployment) -> list[Tree]:
 
 def deployer_role(what: Deployment) -> Tree:
     """The least that `stagecraft deploy`, `undeploy` and `status --cluster` need, in this namespace only."""
+    around = what.around or Surroundings()
     writing = ["get", "list", "create", "patch", "delete"]
     rules = [
         ("", ["serviceaccounts", "configmaps"], writing),
         ("", ["pods", "pods/log", "events"], ["get", "list"]),
         ("serving.knative.dev", ["services"], writing),
         ("serving.knative.dev", ["revisions"], ["get", "list"]),
-        ("networking.k8s.io", ["networkpolicies"], writing),
-        ("monitoring.coreos.com", ["podmonitors"], writing),
-        ("eventing.knative.dev", ["eventtypes"], writing),
     ]
+    if around.network_policy:
+        rules.append(("networking.k8s.io", ["networkpolicies"], writing))
+    if around.pod_monitor:
+        rules.append(("monitoring.coreos.com", ["podmonitors"], writing))
+    if around.event_types:
+        rules.append(("eventing.knative.dev", ["eventtypes"], writing))
     if "kserve" in (what.stages_as, what.orchestrator_as):
         rules.append(("serving.kserve.io", ["inferenceservices", "servingruntimes"], writing))
     else:  # `status` looks for them where the cluster has KServe

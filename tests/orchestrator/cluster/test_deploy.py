@@ -267,6 +267,19 @@ def test_a_cluster_without_knative_is_one_error_and_nothing_is_written(
     )
 
 
+@pytest.mark.parametrize(
+    ("api_version", "kind"), [("eventing.knative.dev/v1", "Broker"), ("flows.knative.dev/v1", "Sequence")]
+)
+def test_a_batch_on_a_cluster_without_eventing_is_one_error_and_nothing_is_written(
+    stagecraft: Run, world: Any, make: Make, write_files: Run, api_version: str, kind: str
+) -> None:
+    folder = write_files(service(make), {"apiVersion": api_version, "kind": kind, "metadata": {"name": "default"}})
+    done = stagecraft("deploy", folder)
+    assert (done.code, world.records) == (1, {})
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"error: the cluster has no {kind} in {api_version}, which belongs to Knative Eventing;")
+
+
 # -- services that do not become ready ------------------------------------------------------------------------------
 
 

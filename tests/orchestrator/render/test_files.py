@@ -151,3 +151,11 @@ def test_a_deployer_may_look_at_what_status_shows(deployment: Make, trees: Trees
     allowed = {(group, name) for rule in role["rules"] for group in rule["apiGroups"] for name in rule["resources"]}
     shown = {("serving.knative.dev", "services"), ("serving.knative.dev", "revisions")}
     assert {*shown, ("serving.kserve.io", "inferenceservices")} <= allowed
+
+
+def test_a_deployer_gets_no_rights_for_what_is_left_out(deployment: Make, trees: Trees) -> None:
+    around = Surroundings(network_policy=False, pod_monitor=False, event_types=False, deployer="jo")
+    (role,) = (one for one in trees(deployment(around=around)) if one["kind"] == "Role")
+    granted = {name for rule in role["rules"] for name in rule["resources"]}
+    assert "services" in granted
+    assert granted & {"networkpolicies", "podmonitors", "eventtypes", "brokers"} == set()
