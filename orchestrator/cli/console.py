@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 # results go to standard output by `print`; everything that is meant for a person's eyes only goes here
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)  # a:b:c is an image, and no picture of a b
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -15,7 +15,7 @@ from orchestrator.cli.console import fail, note
 from orchestrator.cli.options import duration_s
 
 if TYPE_CHECKING:
-    from orchestrator.render.deployment import Deployment, Gpu, Scheduling, Scoring, Toleration
+    from orchestrator.render.deployment import Batch, Deployment, Gpu, Scheduling, Scoring, Toleration
     from orchestrator.render.settings import ClusterSetting
     from orchestrator.targets import Workload
 
@@ -246,7 +246,6 @@ def render(
     from orchestrator.plan import load_plan
     from orchestrator.render.check import check
     from orchestrator.render.deployment import (
-        Batch,
         Deployment,
         Images,
         Resources,
@@ -281,7 +280,7 @@ def render(
             ),
             workload=_workload(lane_width, sequence_tokens, stretch),
             stage=resources,
-            orchestrator=Resources(orchestrator_cpu, orchestrator_memory),
+            orchestrator=Resources(orchestrator_cpu, orchestrator_memory, "orchestrator-"),
             gpu=gpu,
             device="cpu" if gpu is None else "cuda",
             threads_per_stage=threads_of(cpu),
@@ -298,7 +297,7 @@ def render(
                 event_types,
                 deployer,
             ),
-            batch=Batch(broker, results_claim, max_in_flight=batch_in_flight) if batch else None,
+            batch=_batch(batch, broker, results_claim, batch_in_flight),
             scoring=_scoring(scoring, broker, claims, dead_letters),
             env=_pairs("--env", env),
             lane_width=lane_width,
@@ -336,6 +335,14 @@ def _gpu(resource: str, memory: str, shared_by: int) -> Gpu | None:
             fail("--gpu-memory and --gpu-shared-by go with --gpu-resource, such as nvidia.com/gpu", 2)
         return None
     return Gpu(resource, shared_by, _size("--gpu-memory", memory))
+
+
+def _batch(wanted: bool, broker: str, results_claim: str, in_flight: int | None) -> Batch | None:
+    from orchestrator.render.deployment import Batch
+
+    if not wanted and (results_claim or in_flight is not None):
+        fail("--results-claim and --batch-in-flight go with --batch", 2)
+    return Batch(broker, results_claim, max_in_flight=in_flight) if wanted else None
 
 
 def _scoring(

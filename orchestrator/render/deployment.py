@@ -36,6 +36,7 @@ _IMAGE = re.compile(
 _ENV_NAME = re.compile(r"[A-Za-z_.-][A-Za-z0-9_.-]*")
 _KSERVE_ENV = ("INFERENCE_SERVICE_NAME", "MULTI_MODEL_SERVER", "STORAGE_URI")
 _ID_MAX = (1 << 31) - 1  # of groups
+_MEMORY_BYTES_MIN = 1 << 20
 _CLAIMS = re.compile(r"(s3|gs|gcs|abfs|az)://[^/\s]\S*|file:///\S+", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -94,20 +95,24 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Of one container, as quantities; requests and limits are the same. Empty: derived, or none."""
+    """Of one container, as quantities; requests and limits are the same. Empty: derived, or none.
+
+    `of` is what its options begin with: "" for a stage's --cpu, "orchestrator-" for --orchestrator-cpu."""
 
     cpu: str = ""
     memory: str = ""
+    of: str = ""
 
     def __post_init__(self) -> None:
-        for option, value, parse in (("cpu", self.cpu, parse_cpus), ("memory", self.memory, parse_memory_bytes)):
-            try:
-                if value and not parse(value):
-                    raise ValueError("must be more than 0")
-            except ValueError as error:
-                raise DeploymentError(f"--{option}: {value!r} is no quantity: {error}") from None
+        try:
+            if self.cpu and not parse_cpus(self.cpu):
+                raise ValueError("must be more than 0")
+        except ValueError as error:
+            raise DeploymentError(f"--{self.of}cpu: {self.cpu!r} is no quantity: {error}") from None
         if self.cpu and parse_quantity(self.cpu) * 1000 % 1:
-            raise DeploymentError(f"--cpu: {self.cpu!r} is finer than 1m, a thousandth of a core")
+            raise DeploymentError(f"--{self.of}cpu: {self.cpu!r} is finer than 1m, a thousandth of a core")
+        if self.memory:
+            _check_memory(f"--{self.of}memory", self.memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,10 +333,7 @@ class Deployment:
             raise DeploymentError(f"--timeout must be 1s to {_ID_MAX}s, got {self.timeout_s}s")
         if self.kv_bytes_max is not None and self.kv_bytes_max < 1:
             raise DeploymentError(f"--kv-memory must be at least 1 byte, got {self.kv_bytes_max}")
-        try:
-            parse_memory_bytes(self.shared_memory)
-        except ValueError as error:
-            raise DeploymentError(f"--shared-memory: {self.shared_memory!r} is no quantity: {error}") from None
+        _check_memory("--shared-memory", self.shared_memory)
 
     def _check_names(self) -> None:
         for name in (self.service_name, *(self.stage_name(index) for index in range(len(self.plan.stages)))):
@@ -391,6 +393,16 @@ def is_image(reference: str) -> bool:
 def is_extended_resource(name: str) -> bool:
     """Kubernetes counts these itself, and takes their names with `requests.` before them for quotas."""
     return "kubernetes.io/" not in name and not name.startswith("requests.") and _is_key(f"requests.{name}")
+
+
+def _check_memory(option: str, value: str) -> None:
+    """A number alone is bytes, which nobody means."""
+    try:
+        size_bytes = parse_memory_bytes(value)
+    except ValueError as error:
+        raise DeploymentError(f"{option}: {value!r} is no quantity: {error}") from None
+    if size_bytes < _MEMORY_BYTES_MIN:
+        raise DeploymentError(f"{option} {value} is {size_bytes} bytes, too little to start; give a unit, such as 16Gi")
 
 
 def _check_label(option: str, name: str, value: str) -> None:

@@ -245,6 +245,14 @@ def _gpu_budget(what: Deployment, index: int, cost: Cost) -> Budget:
             f"{gpu.resource} of {_text(device_bytes)} they do not fit; cut the plan into more stages, "
             "or take a larger device"
         )
+    if device_bytes is not None and what.kv_bytes_max is not None:
+        taken_bytes = (cost.weight_bytes + what.kv_bytes_max) * gpu.shared_by
+        if taken_bytes > device_bytes:
+            raise DeploymentError(
+                f"--kv-memory is more than stage {index} finds: with {_text(cost.weight_bytes)} of weights it makes "
+                f"{_text(taken_bytes)} for {gpu.shared_by} stage(s) on a {gpu.resource} of {_text(device_bytes)}; "
+                "leave it out, or lower it"
+            )
     passing_bytes = cost.weight_bytes // _ON_THEIR_WAY
     arithmetic = (
         f"host memory: {_text(_GPU_HOST_BYTES)} for CUDA and the runtime, {_text(passing_bytes)} for tensors on their "

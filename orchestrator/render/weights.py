@@ -53,6 +53,8 @@ def weights(what: Deployment, runtime: Runtime) -> Weights:
     scheme, rest = _parted(address)
     if scheme in ("pvc", "oci"):
         return _mounted(what, runtime, scheme, rest)
+    if what.weights.oci_as == "init-container":
+        raise DeploymentError(f"--oci-as init-container copies a model image: it goes with oci://, not with {address}")
     location = _streamed(address, scheme)
     if what.weights.storage_initializer:
         return _downloaded(location, scheme, runtime)
@@ -85,8 +87,8 @@ def _streamed(address: str, scheme: str) -> str:
         return address
     if is_on_this_machine(address):
         raise DeploymentError(
-            f"the plan's model {address} is a folder of this machine, which no pod sees; say with --weights where the "
-            f"cluster finds it: {_ALLOWED}"
+            f"the model {address} is a folder of this machine, which no pod sees; say with --weights where the cluster "
+            f"finds it: {_ALLOWED}"
         )
     if not _HUB_ID.fullmatch(address):
         raise DeploymentError(f"{address!r} names no model that a pod can read; it may be {_ALLOWED}")

@@ -153,11 +153,17 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--memory", "16GB"), "--memory"),
     (("--memory", "0"), "--memory"),
     (("--memory", "1e30"), "--memory"),
-    (("--orchestrator-memory", "lots"), "memory"),
+    (("--orchestrator-memory", "lots"), "--orchestrator-memory"),
+    (("--orchestrator-memory", "2"), "--orchestrator-memory 2 is 2 bytes"),
+    (("--orchestrator-cpu", "two"), "--orchestrator-cpu"),
+    (("--gpu-resource", "nvidia.com/gpu", "--memory", "16"), "--memory 16 is 16 bytes"),
     (("--kv-memory", "lots"), "--kv-memory"),
     (("--kv-memory", "0"), "--kv-memory"),
     (("--shared-memory", "256 MB"), "--shared-memory"),
     (("--shared-memory", ""), "--shared-memory"),
+    (("--shared-memory", "256"), "256 bytes"),
+    (("--gpu-resource", "nvidia.com/gpu", "--gpu-memory", "24GiB", "--kv-memory", "20GiB"), "--kv-memory is more"),
+    (("--gpu-resource", "nvidia.com/mig-1g.20gb", "--kv-memory", "3GiB", "--gpu-shared-by", "2"), "for 2 stage(s)"),
     # weights
     (("--weights", "ftp://x/y"), "ftp://"),
     (("--weights", "/models/x"), "folder of this machine"),
@@ -222,13 +228,16 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--monitoring-namespace", "a.b"), "--monitoring-namespace"),
     (("--deployer", "system:serviceaccount:ci"), "--deployer"),
     (("--deployer", "system:serviceaccount:CI:x"), "--deployer"),
-    (("--deployer", "system:serviceaccount:ci:x:y"), "--deployer"),
+    (("--deployer", "system:serviceaccount:a:b:c"), "system:serviceaccount:a:b:c"),
     # the rest
     (("--format", "kn"), "--format kn"),
     (("--format", "kn", "--stages-as", "kserve", "--orchestrator-as", "knative"), "--format kn"),
     (("--format", "helm"), "helm"),
     (("--stages-as", "docker"), "docker"),
     (("--oci-as", "modelcar"), "modelcar"),
+    (("--oci-as", "init-container", "--weights", "s3://bucket/x"), "goes with oci://"),
+    (("--results-claim", "results"), "go with --batch"),
+    (("--batch-in-flight", "8"), "go with --batch"),
 ]
 
 
