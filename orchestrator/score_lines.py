@@ -17,7 +17,14 @@ from functions.contract.scoring import SCORE, Ask, Texts
 from knative.eventing.attributes import problem_of
 from knative.eventing.event import CloudEvent
 from orchestrator.batches.events import request_id
-from orchestrator.batches.lines import CUSTOM_ID_CHARACTERS_MAX, LINE_BYTES_MAX, BadLine, Request, too_long
+from orchestrator.batches.lines import (
+    CUSTOM_ID_CHARACTERS_MAX,
+    LINE_BYTES_MAX,
+    BadLine,
+    Request,
+    too_long,
+    what_is_broken,
+)
 from orchestrator.batches.reader import InputReader
 from orchestrator.tokenizer import TokenizerError
 
@@ -100,7 +107,9 @@ def _object(raw: bytes) -> dict[str, Any]:
         line = json.loads(raw)
     except RecursionError:
         raise _Bad("invalid_json_line", "nested too deeply") from None
-    except ValueError as error:  # not UTF-8, or not JSON
+    except json.JSONDecodeError as error:
+        raise _Bad("invalid_json_line", f"not valid JSON: {what_is_broken(error)}") from None
+    except ValueError as error:  # not UTF-8
         raise _Bad("invalid_json_line", f"not valid JSON: {error}") from None
     if not isinstance(line, dict):
         raise _Bad("invalid_json_line", "not a JSON object")

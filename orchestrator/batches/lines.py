@@ -122,6 +122,11 @@ def parse_output(line: bytes) -> Outcome:
         ) from None
 
 
+def what_is_broken(error: json.JSONDecodeError) -> str:
+    """What is wrong with the JSON of one line, and where in that line."""
+    return f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"  # many of its messages end so
+
+
 def error_output(id: str, custom_id: str, code: str, message: str) -> bytes:
     """The output line of a request that got no answer."""
     return _dump({"id": id, "custom_id": custom_id, "response": None, "error": {"code": code, "message": message}})
@@ -148,7 +153,7 @@ def _object(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise _Bad("invalid_json_line", "nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise _Bad("invalid_json_line", f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
+        raise _Bad("invalid_json_line", f"not valid JSON: {what_is_broken(error)}") from None
     except ValueError as error:
         raise _Bad("invalid_json_line", f"not valid JSON: {error}") from None
     if not isinstance(line, dict):

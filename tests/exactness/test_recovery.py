@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -45,14 +46,19 @@ async def answers_disturbed(chain: Chain, prompts: Sequence[Sequence[int]], dist
 
 
 class Pause:
-    """A process that is stopped for some time and then goes on."""
+    """A stage's process that is stopped for some time and then goes on. Meanwhile the chain waits no longer than
+    `patience_s` for a step, and not for the whole test: on a busy machine any step may take that long."""
 
-    def __init__(self, process: int, seconds: float) -> None:
+    def __init__(self, chain: Chain, process: int, seconds: float, patience_s: float) -> None:
+        self._chain = chain
+        self._patient = chain.settings
+        self.impatient = replace(chain.settings, step_timeout_s=patience_s)
         self._process = process
         self._seconds = seconds
         self._end: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
+        self._chain.settings = self.impatient
         os.kill(self._process, signal.SIGSTOP)
         self._end = asyncio.create_task(self._go_on())
 
@@ -65,6 +71,7 @@ class Pause:
             await asyncio.sleep(self._seconds)
         finally:
             os.kill(self._process, signal.SIGCONT)
+            self._chain.settings = self._patient
 
 
 def replays() -> float:
@@ -129,9 +136,10 @@ async def test_a_stage_that_stands_still_for_a_moment_changes_no_token(
 ) -> None:
     """Steps time out and are sent again; when the stage goes on it finds the old ones too and answers them all."""
     stages = start_stages("llama", THIRDS)
-    chain = await open_chain(stages, ChainSettings(attempts=100, backoff_s=0.01, step_timeout_s=0.3))
+    chain = await open_chain(stages, ChainSettings(attempts=100, backoff_s=0.01))
     undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in prompts))
-    pause = Pause(stages.processes[stopped].pid, seconds=1.2)
+    pause = Pause(chain, stages.processes[stopped].pid, seconds=1.2, patience_s=0.3)
+    chain.settings = pause.impatient  # for the step that is on its way when the stage stops
     assert await answers_disturbed(chain, prompts, pause.begin) == undisturbed
     await pause.ended()
     for url in stages.urls:
@@ -144,11 +152,13 @@ async def test_a_full_lane_that_cannot_go_back_survives_a_stage_that_stands_stil
     """The stage before it has computed the step and is asked for it again. Recurrent state has no way back, so all
     sequences replay, and they are more than there are attempts."""
     stages = start_stages("falcon_h1", ["0:2", "2:4"])
-    chain = await open_chain(stages, ChainSettings(lanes_max=1, backoff_s=0.01, step_timeout_s=2.0))
+    chain = await open_chain(stages, ChainSettings(lanes_max=1, backoff_s=0.01))
     many = [*prompts, *(prompt[::-1] for prompt in prompts)]
     undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in many))
-    pause = Pause(stages.processes[1].pid, seconds=3.0)
+    pause = Pause(chain, stages.processes[1].pid, seconds=3.0, patience_s=2.0)
+    before = replays()
     assert await answers_disturbed(chain, many, pause.begin) == undisturbed
+    assert replays() > before
     await pause.ended()
 
 
@@ -162,6 +172,7 @@ async def test_a_stage_that_stays_away_is_a_clear_error_and_nobody_hangs(
     stages.kill(1)
     results = await asyncio.gather(*(answer(chain, p, NEW_TOKENS) for p in prompts), return_exceptions=True)
     assert all(isinstance(r, GenerationError) and r.status == 503 for r in results)
+    chain.settings = ChainSettings()  # it may take its time to load
     stages.start(1)
     assert len(await answer(chain, prompts[0], NEW_TOKENS)) == NEW_TOKENS
 

@@ -30,6 +30,7 @@ from functions.stage import Stage
 KV_BYTES_MAX = 1 << 20
 PLAN = "0123456789abcdef"
 BODY_BYTES_MAX = 64 << 10
+WAIT_S = 240.0  # against hangs: on a busy machine a process may import torch for a minute
 
 Chunk = tuple[int, int, Sequence[int]]  # sequence, start, tokens
 
@@ -104,7 +105,7 @@ class StageProcess:
     url: str
     log: Path
     index: int
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=WAIT_S))
 
     def headers(self, kind: str, content_type: str = events.JSON, **changed: str | None) -> dict[str, str]:
         """Headers of a good event; `ce_x=None` leaves out ce-x, a text replaces it."""
@@ -143,7 +144,7 @@ class StageProcess:
 
     def ended(self) -> tuple[int, str]:
         """Exit code and standard error, once the process has ended by itself."""
-        return self.process.wait(60), self.log.read_text()
+        return self.process.wait(WAIT_S), self.log.read_text()
 
 
 class Chain:

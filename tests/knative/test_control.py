@@ -205,6 +205,13 @@ async def test_nothing_is_left_at_the_end(objects: Objects, runtime: Path) -> No
         client.status()
 
 
+def test_asking_reads_no_certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket of this machine needs none, and reading them takes longer than most questions."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "missing.pem"))
+    with Client(tmp_path / "socket"):
+        pass
+
+
 async def test_a_second_platform_of_the_name_leaves_the_first_alone(
     entry: Entry, objects: Objects, runtime: Path
 ) -> None:

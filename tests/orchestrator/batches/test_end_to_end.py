@@ -138,7 +138,9 @@ def test_a_batch_from_its_lines_to_its_results(
     for number in range(21, 26):
         assert f"line {number}" in done.err
     assert (done.json["sent"], done.json["completed"], done.json["failed"], done.json["bad_lines"]) == (55, 50, 5, 5)
-    told = batch("status", output, "--json").json
+    told: dict[str, Any] = {"service": None}
+    while told["service"] is None:  # it may have gone to zero, and `status` does not wait for it for ever
+        told = batch("status", output, "--json").json
     assert told["service"] == {
         "batch": name, "completed": 50, "failed": 5, "cancelled": 0, "dead_letters": 0, "cancelling": False,
     }  # fmt: skip

@@ -76,7 +76,7 @@ def test_blank_lines_are_passed_over(raw: bytes) -> None:
 
 BAD = {
     "broken JSON": (b'{"prompt": ', "invalid_json_line", "not valid JSON: Expecting value at character"),
-    "half a line": (b'{"prompt": "x', "invalid_json_line", "not valid JSON"),
+    "half a line": (b'{"prompt": "x', "invalid_json_line", "Unterminated string starting at character 12"),
     "two values": (b'{"prompt": "x"} {}', "invalid_json_line", "Extra data"),
     "NaN": (b'{"prompt": "x", "top_p": NaN}', "invalid_json_line", "NaN is not JSON"),
     "an endless number": (b'{"prompt": ' + b"1" * 5000 + b"}", "invalid_json_line", "not valid JSON"),

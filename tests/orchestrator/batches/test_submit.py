@@ -207,19 +207,23 @@ def test_killed_again_and_again_it_ends_with_one_result_each(
 ) -> None:
     broker.results, broker.copies = results_service.url, 2
     source, out = prompts(2500), tmp_path / "out.jsonl"
+    journal, sent = tmp_path / "out.jsonl.batch", 0
     command = ["submit", source, "-o", out, *where(broker, results_service)]
     for kill in range(3):
         broker.room = 3  # so that a fast machine has something left to do
         size_bytes = out.stat().st_size if out.exists() else 0
         process = start_batch(*command)
         wait_for(lambda: broker.room == 0, process)
+        # some of it is noted, so that the next round has something new to send and gets new results
+        wait_for(partial(lambda before: read_state(journal).sent > before, sent), process)
+        sent = read_state(journal).sent
         if kill:
             wait_for(partial(lambda before: out.stat().st_size > before, size_bytes), process)
         process.kill()
         process.wait()
         command = ["resume", out]
     broker.room = None
-    state = read_state(tmp_path / "out.jsonl.batch")
+    state = read_state(journal)
     assert state.phase != "completed"
     with out.open("ab") as file:
         file.write(b"half a li" * 200_000)  # as a kill between file and journal leaves it

@@ -161,6 +161,8 @@ def test_bad_lines_are_told_and_do_not_stop_the_rest(score: Any, tmp_path: Path)
     assert "11 lines were left out" in done.err
     errors = [json.loads(line) for line in (tmp_path / "scores.jsonl.score.errors.jsonl").read_text().splitlines()]
     assert [one["error"]["line"] for one in errors] == [*range(1, 11), 13]
+    assert "line 1: not valid JSON: Expecting property name" in errors[0]["error"]["message"]
+    assert errors[0]["error"]["message"].endswith(" at character 2")
     assert list(results_of((tmp_path / "scores.jsonl").read_text())) == ["a"]
 
 
