@@ -1,47 +1,76 @@
 """Attention over packed sequences, through Transformers' attention interface.
 
 A model calls `cache.update(keys, values, block)` and then the attention function with what update returned. Here
-`PackedCache.update` files each sequence's rows in its own buffers and returns its input; the attention function takes
-the buffers from the cache instead. Queries arrive as [1, heads, sum of lengths, size] and are cut by slice:
+`PackedPass.update` only remembers which block it is; the attention function files keys and values in the block's pages
+and computes. Queries arrive as [1, heads, sum of lengths, size] and are cut by slice:
 
-    tokens      | a a a a a | b | c c |          one forward pass
+    tokens      | a | b | c c c c c c c |              one forward pass
     attention   | a over a's past | b over b's past | c over c's past |
+
+Slices of few tokens (decode) are computed together: by the compiled kernel, which reads pages where they lie, or else by
+torch over gathered and padded rows. Each longer slice (prefill) is one call of torch's own kernel.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Items
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from functions.kv_cache import Sequence, file_rows
+from functions import paged_attention
+from functions.contract.messages import KV_PAGE_TOKENS
+from functions.kv_cache import KvPool, RowShape, Sequence
 
 PACKED = "stagecraft_packed"
+_PADDING_MAX = 1.25  # sequences that are gathered together differ in length by no more than that
 
-_current: ContextVar[PackedCache] = ContextVar("packed_cache")
+_current: ContextVar[PackedPass] = ContextVar("packed_pass")
 
 
 class Unpackable(Exception):
     """The model does not attend in the way that packing needs."""
 
 
-class PackedCache(Cache):  # type: ignore[misc]  # Transformers has no types
-    """The caches of the sequences in one forward pass, in the order of their rows."""
+@dataclass(frozen=True, slots=True)
+class How:
+    """One block's kind of attention. `sinks` [heads] are scores without a value (gpt_oss)."""
 
-    def __init__(self, sequences: Items[Sequence], lengths: Items[int]) -> None:
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def fusible(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
+class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
+    """One forward pass: slices of `lengths` tokens, each from its sequence's position on, in the order of their rows.
+
+    Without a pool nothing is filed, and every slice is a whole text."""
+
+    def __init__(self, sequences: Items[Sequence], lengths: Items[int], pool: KvPool | None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.sequences = sequences
         self.lengths = list(lengths)
         self.windows: list[int | None] = []  # sliding window of each attention call so far
-        self._now: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.shapes: list[RowShape] = []  # what each of these calls was given to file
+        self._given: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self._rows = _starts(self.lengths)
+        self._pool = pool
+        self._starts = [s.position for s in sequences] if pool is not None else [0] * len(self.lengths)
+        self._pages = _Pages(sequences, self._starts, self.lengths, self._rows) if pool is not None else None
 
-    def __enter__(self) -> PackedCache:
+    def __enter__(self) -> PackedPass:
         self._token = _current.set(self)
         return self
 
@@ -51,31 +80,150 @@ class PackedCache(Cache):  # type: ignore[misc]  # Transformers has no types
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Files keys and values [1, kv heads, sum of lengths, size] of block `layer_idx`; returns them unchanged."""
-        keys, values = torch.split(key_states[0], self.lengths, 1), torch.split(value_states[0], self.lengths, 1)
-        self._now = [
-            (file_rows(s.keys, layer_idx, s, k), file_rows(s.values, layer_idx, s, v))
-            for s, k, v in zip(self.sequences, keys, values, strict=True)
-        ]
-        self._given = key_states, value_states
+        """Keys and values [1, kv heads, sum of lengths, size] of block `layer_idx`, returned unchanged."""
+        self._given = key_states, value_states, layer_idx
         return key_states, value_states
 
-    def take(
-        self, key: torch.Tensor, value: torch.Tensor, window: int | None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per sequence (keys, values) [kv heads, all tokens, size] of the block just filed.
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given explicitly, so the length that models would count on is none."""
+        return 0
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
+        """query [1, heads, n, size], key and value as given to `update` -> [n, heads, value size].
 
         Raises Unpackable unless `key` and `value` are what `update` returned: a model that caches something else than
         it attends over (compressed latents) would need its own unfolding of what is filed."""
         if self._given is None or key is not self._given[0] or value is not self._given[1]:
             raise Unpackable("keys and values are changed between the cache and attention")
+        block = self._given[2]
         self._given = None
-        self.windows.append(window)
-        return self._now
+        self.windows.append(how.window)
+        query, key, value = query[0], key[0], value[0]
+        if self._pool is None or self._pages is None:
+            self.shapes.append(RowShape(key.shape[0], key.shape[2], value.shape[2]))
+            out, long = query.new_empty((query.shape[1], query.shape[0], value.shape[2])), range(len(self.lengths))
+        else:
+            pools = self._pool.keys[block], self._pool.values[block]
+            out, long = self._pages.attend(query, key, value, pools, how)
+        for index in long:
+            rows = slice(self._rows[index], self._rows[index] + self.lengths[index])
+            keys, values = self._past(index, block, key[:, rows], value[:, rows])
+            attend = _fused if how.fusible else _explicit
+            out[rows] = attend(query[:, rows], keys, values, how).transpose(0, 1)
+        return out
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions are always given explicitly, so the length that models would count on is none."""
-        return 0
+    def _past(
+        self, index: int, block: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a slice's sequence up to its end, [kv heads, tokens, size]."""
+        if self._starts[index] == 0:
+            return key, value
+        assert self._pool is not None  # without one all slices start at 0
+        assert self._pages is not None
+        rows = self._pages.rows_of(index, self._pool.keys[block].device)
+        keys, values = self._pool.keys[block][rows], self._pool.values[block][rows]
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+class _Pages:
+    """Where the slices of a pass lie in the pools, worked out once for all blocks."""
+
+    def __init__(self, sequences: Items[Sequence], starts: Items[int], lengths: Items[int], rows: Items[int]) -> None:
+        self._pages = [s.pages for s in sequences]
+        self._ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        self._layout = paged_attention.Layout(
+            np.frombuffer(b"".join(self._pages), dtype=np.int32),  # type: ignore[arg-type]  # arrays are buffers
+            paged_attention.int32([*_starts([len(pages) for pages in self._pages]), sum(map(len, self._pages))]),
+            paged_attention.int32(starts),
+            paged_attention.int32(lengths),
+            paged_attention.int32(rows),
+            KV_PAGE_TOKENS,
+        )
+        self._lengths = lengths
+        self._kernel = paged_attention.Kernel(self._layout)
+        self._rows: dict[int, torch.Tensor] = {}
+        self._new: torch.Tensor | None = None
+        self._padded: list[_Padded] | None = None
+        self._long = [i for i, length in enumerate(lengths) if length > paged_attention.SHORT_MAX]
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor],
+        how: How,
+    ) -> tuple[torch.Tensor, Items[int]]:  # fmt: skip
+        """Files key and value in the block's pools and computes what is short: [n, heads, value size], and the indices
+        of the slices whose rows are still to be computed."""
+        if paged_attention.takes(query, key, value, how.sinks):
+            out = self._kernel(
+                query, key, value, pools, scale=how.scale, window=how.window, softcap=how.softcap, sinks=how.sinks
+            )
+            return out, self._long
+        self._file(key, value, pools)
+        out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
+        if self._padded is None:
+            self._padded = self._groups(query.device)
+        for group in self._padded:
+            out[group.rows] = group.attend(query, pools, how)
+        return out, [i for i, length in enumerate(self._lengths) if length > 1]
+
+    def rows_of(self, index: int, device: torch.device) -> torch.Tensor:
+        """Rows of the pools that hold a slice's sequence up to its end."""
+        if index not in self._rows:
+            self._rows[index] = torch.from_numpy(_pool_rows(self._pages[index], 0, self._ends[index])).to(device)
+        return self._rows[index]
+
+    def _file(self, key: torch.Tensor, value: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if self._new is None:
+            parts = [
+                _pool_rows(pages, end - length, end)
+                for pages, end, length in zip(self._pages, self._ends, self._lengths, strict=True)
+            ]
+            self._new = torch.from_numpy(np.concatenate(parts)).to(key.device)
+        pools[0].index_copy_(0, self._new, key.transpose(0, 1))
+        pools[1].index_copy_(0, self._new, value.transpose(0, 1))
+
+    def _groups(self, device: torch.device) -> list[_Padded]:
+        """Slices of one token in groups of about the same length."""
+        single = [i for i, length in enumerate(self._lengths) if length == 1]
+        groups: list[list[int]] = []
+        for index in sorted(single, key=lambda i: self._ends[i]):
+            if not groups or self._ends[index] > self._ends[groups[-1][0]] * _PADDING_MAX:
+                groups.append([])
+            groups[-1].append(index)
+        return [self._padded_group(group, device) for group in groups]
+
+    def _padded_group(self, group: list[int], device: torch.device) -> _Padded:
+        ends = [self._ends[i] for i in group]
+        index = np.zeros((len(group), max(ends)), dtype=np.int64)
+        for row, (i, end) in enumerate(zip(group, ends, strict=True)):
+            index[row, :end] = _pool_rows(self._pages[i], 0, end)
+        rows = torch.from_numpy(self._layout.rows[group].astype(np.int64))
+        return _Padded(rows.to(device), torch.from_numpy(index).to(device), torch.tensor(ends, device=device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Padded:
+    """Slices of one token each, to be computed together: their `rows` [b] in the pass, the pools' rows of their past
+    `index` [b, longest], of which `ends` [b] count."""
+
+    rows: torch.Tensor
+    index: torch.Tensor
+    ends: torch.Tensor
+
+    def attend(self, query: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor], how: How) -> torch.Tensor:
+        """[b, heads, value size]. Heads that share keys stand as rows of one query: nothing is repeated for them."""
+        keys, values = (pool[self.index].transpose(1, 2) for pool in pools)  # [b, kv heads, longest, size]
+        queries = query[:, self.rows].transpose(0, 1).unflatten(1, (keys.shape[1], -1))  # [b, kv heads, group, size]
+        at = torch.arange(self.index.shape[1], device=query.device)
+        seen = at < self.ends[:, None]
+        if how.window is not None:
+            seen &= at >= self.ends[:, None] - how.window
+        mask = seen[:, None, None]
+        if how.fusible:
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=how.scale)
+        else:
+            sinks = None if how.sinks is None else how.sinks.view(1, keys.shape[1], -1, 1)
+            out = _weighted(queries @ keys.transpose(2, 3), mask, how, sinks) @ values
+        return out.flatten(1, 2)
 
 
 def packed_attention(
@@ -91,53 +239,43 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, n, size] -> [1, n, heads, value size]; key and value are taken from the current cache."""
-    cache = _current.get()
+    """query [1, heads, n, size] -> [1, n, heads, value size], as Transformers' attention functions."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    pieces = torch.split(query[0], cache.lengths, 1)
-    rows = []
-    for piece, (keys, values) in zip(pieces, cache.take(key, value, sliding_window), strict=True):
-        if softcap is None and s_aux is None:
-            rows.append(_fused(piece, keys, values, scale, sliding_window))
-        else:
-            rows.append(_explicit(piece, keys, values, scale, sliding_window, softcap, s_aux))
-    return torch.cat(rows, dim=1).transpose(0, 1)[None], None
+    return _current.get().attend(query, key, value, How(scale, sliding_window, softcap, s_aux))[None], None
 
 
-def _fused(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
+def _fused(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: How) -> torch.Tensor:
     """query [heads, n, size], keys and values [kv heads, all, size] -> [heads, n, value size]."""
     new, total = query.shape[1], keys.shape[1]
-    if new == 1 and window is not None:
-        keys, values = keys[:, -window:], values[:, -window:]
-    plain = new == total and (window is None or total <= window)
-    mask = None if new == 1 or plain else _mask(new, total, window, query.device)
+    plain = new == total and (how.window is None or total <= how.window)
+    mask = None if plain else _mask(new, total, how.window, query.device)
     out = F.scaled_dot_product_attention(
-        query[None], keys[None], values[None], attn_mask=mask, is_causal=plain and new > 1, scale=scale,
+        query[None], keys[None], values[None], attn_mask=mask, is_causal=plain, scale=how.scale,
         enable_gqa=query.shape[0] != keys.shape[0],
     )  # fmt: skip
     return out[0]
 
 
-def _explicit(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int | None,
-    softcap: float | None, sinks: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
+def _explicit(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: How) -> torch.Tensor:
     """The same written out, for what the fused kernel lacks: soft-capped scores (gemma2) and sinks (gpt_oss)."""
     groups = query.shape[0] // keys.shape[0]
     keys, values = keys.repeat_interleave(groups, dim=0), values.repeat_interleave(groups, dim=0)
-    scores = query @ keys.transpose(1, 2) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    mask = _mask(query.shape[1], keys.shape[1], window, query.device)
+    mask = _mask(query.shape[1], keys.shape[1], how.window, query.device)
+    sinks = None if how.sinks is None else how.sinks.view(-1, 1, 1)
+    return _weighted(query @ keys.transpose(1, 2), mask, how, sinks) @ values
+
+
+def _weighted(products: torch.Tensor, mask: torch.Tensor, how: How, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Products of queries and keys [..., n, all] -> weights of the values. `sinks` is [..., 1, 1] or [..., n, 1]."""
+    scores = products * how.scale
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is None:
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32)
-    else:
-        sink = sinks.reshape(-1, 1, 1).expand(-1, query.shape[1], 1).to(scores.dtype)
-        weights = F.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
-    return weights.to(values.dtype) @ values
+        return F.softmax(scores, dim=-1, dtype=torch.float32).to(products.dtype)
+    sinks = sinks.expand(*scores.shape[:-1], 1).to(scores.dtype)
+    weights = F.softmax(torch.cat([scores, sinks], dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
+    return weights.to(products.dtype)
 
 
 def _mask(new: int, total: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -146,6 +284,21 @@ def _mask(new: int, total: int, window: int | None, device: torch.device) -> tor
     other = torch.arange(total, device=device)[None]
     seen = other <= at
     return seen if window is None else seen & (other > at - window)
+
+
+def _starts(lengths: Items[int]) -> list[int]:
+    """Where each of these runs starts when they lie one after another."""
+    starts, at = [], 0
+    for length in lengths:
+        starts.append(at)
+        at += length
+    return starts
+
+
+def _pool_rows(pages: array[int], start: int, end: int) -> npt.NDArray[np.int64]:
+    """Rows of the pools that hold a sequence's tokens start .. end - 1."""
+    at = np.arange(start, end)
+    return np.asarray(pages, dtype=np.int64)[at // KV_PAGE_TOKENS] * KV_PAGE_TOKENS + at % KV_PAGE_TOKENS
 
 
 AttentionInterface.register(PACKED, packed_attention)

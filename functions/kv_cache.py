@@ -1,58 +1,80 @@
-"""Keys and values of many sequences, within a budget of bytes.
+"""Keys and values of many sequences, in pages, within a budget of bytes.
 
-Each sequence owns, per block, one buffer for keys and one for values, [kv heads, capacity, head size], that grows by an
-eighth at a time: little is wasted and copying stays rare. A sequence's `position` is the number of tokens whose keys
-and values are in all blocks; going back (a repeated step, a replay) is setting it to a smaller number, since whatever
-comes later overwrites.
+Memory is handed out in pages of KV_PAGE_TOKENS tokens, so a sequence wastes less than a page and never moves when it
+grows. `KvStore` keeps the books: which sequence has which pages, and up to which position they are filled. `KvPool`
+holds the pages themselves, one run of rows for keys and one for values in each block:
+
+    pool.keys[block]      row 0..7 | 8..15 | 16..23 | ...       a row is one token, [kv heads, size]
+    sequence.pages          page 0 | page 1 | page 2 |          pages of a sequence, in the order of its tokens
+
+A sequence's `position` is the number of tokens whose keys and values are in all blocks; going back (a repeated step, a
+replay) is setting it to a smaller number, since whatever comes later overwrites.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import mmap
+from array import array
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from functions.contract.errors import KvExhausted
-from functions.contract.messages import Opening, Slice
+from functions.contract.messages import KV_PAGE_TOKENS, Opening, Slice
 
-_GROWTH_MIN = 16
+_NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: the budget is a bound, not memory that is there at once
 
 
 @dataclass(slots=True)
 class Sequence:
     """One sequence's state in a stage. `tokens` is its history, kept because penalties count it.
 
-    A runner keeps either `keys` and `values` (one buffer per block) or the model's own `cache` of `cached` tokens."""
+    A runner keeps keys and values in `pages` of its pool, or in the model's own `cache` of `cached` tokens."""
 
     id: int
     opening: Opening
     position: int = 0
     tokens: list[int] = field(default_factory=list)
-    capacity: int = 0
-    keys: list[torch.Tensor | None] = field(default_factory=list)
-    values: list[torch.Tensor | None] = field(default_factory=list)
+    pages: array[int] = field(default_factory=lambda: array("i"))
     cache: Any = None
     cached: int = 0
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that its pages have room for."""
+        return len(self.pages) * KV_PAGE_TOKENS
+
 
 class KvStore:
-    """The sequences of a stage. `bytes_per_token` covers all blocks of the span."""
+    """The sequences of a stage and their pages. `bytes_per_token` covers all blocks of the span."""
 
-    def __init__(self, blocks: int, bytes_per_token: int, bytes_max: int) -> None:
+    def __init__(self, bytes_per_token: int, bytes_max: int) -> None:
         self.bytes_per_token = bytes_per_token
         self.bytes_max = bytes_max
-        self._blocks = blocks
+        self.pages_max = bytes_max // self._page_bytes
         self._sequences: dict[int, Sequence] = {}
+        self._pages_used = 0
+        # the lowest pages first: those that were used before are in memory already
+        self._returned: list[int] = []
+        self._fresh = itertools.count()
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     @property
     def bytes_used(self) -> int:
-        """Bytes set aside, used or not yet."""
-        return sum(s.capacity for s in self._sequences.values()) * self.bytes_per_token
+        """Bytes set aside, filled or not yet."""
+        return self._pages_used * self._page_bytes
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens whose keys and values are there."""
+        return sum(sequence.position for sequence in self._sequences.values())
 
     def get(self, sequence: int) -> Sequence | None:
         return self._sequences.get(sequence)
@@ -67,53 +89,87 @@ class KvStore:
 
         Raises KvExhausted before anything has changed. The caller has checked positions."""
         slices = list(slices)
-        wanted = {s.sequence: self._grown(self._capacity(s.sequence), s.end) for s in slices}
-        more = sum(wanted[s.sequence] - self._capacity(s.sequence) for s in slices)
-        needed_bytes = self.bytes_used + more * self.bytes_per_token
-        if needed_bytes > self.bytes_max:
+        more = [self._pages_missing(piece) for piece in slices]
+        if self._pages_used + sum(more) > self.pages_max:
+            needed_bytes = self.bytes_used + sum(more) * self._page_bytes
             raise KvExhausted(
                 f"the step needs {needed_bytes} bytes of KV cache with what is held, the budget is {self.bytes_max}; "
                 "release sequences, or give the stage more (STAGE_KV_BYTES_MAX)"
             )
-        return [self._ready(s, openings, wanted[s.sequence]) for s in slices]
+        return [self._ready(piece, openings, pages) for piece, pages in zip(slices, more, strict=True)]
 
     def release(self, sequences: Iterable[int]) -> list[int]:
         """Frees them and returns those that were known."""
-        return [s for s in sequences if self._sequences.pop(s, None) is not None]
+        known = []
+        for identity in sequences:
+            sequence = self._sequences.pop(identity, None)
+            if sequence is not None:
+                known.append(identity)
+                self._pages_used -= len(sequence.pages)
+                for page in sequence.pages:
+                    heapq.heappush(self._returned, page)
+        if not self._sequences:
+            self._returned, self._fresh = [], itertools.count()
+        return known
 
-    def _capacity(self, sequence: int) -> int:
-        found = self._sequences.get(sequence)
-        return found.capacity if found else 0
+    @property
+    def _page_bytes(self) -> int:
+        return self.bytes_per_token * KV_PAGE_TOKENS
 
-    def _grown(self, capacity: int, needed: int) -> int:
-        if needed <= capacity:
-            return capacity
-        return max(needed, capacity + max(_GROWTH_MIN, capacity // 8) if capacity else 0)
+    def _pages_missing(self, piece: Slice) -> int:
+        found = self._sequences.get(piece.sequence)
+        have = len(found.pages) if found else 0
+        return max(0, -(-piece.end // KV_PAGE_TOKENS) - have)
 
-    def _ready(self, piece: Slice, openings: dict[int, Opening], capacity: int) -> Sequence:
+    def _ready(self, piece: Slice, openings: dict[int, Opening], more: int) -> Sequence:
         sequence = self._sequences.get(piece.sequence)
         if sequence is None:
-            nothing: list[torch.Tensor | None] = [None] * self._blocks
-            sequence = Sequence(piece.sequence, openings[piece.sequence], keys=nothing, values=list(nothing))
-            self._sequences[piece.sequence] = sequence
+            sequence = self._sequences[piece.sequence] = Sequence(piece.sequence, openings[piece.sequence])
         if piece.start == 0:
             sequence.opening = openings[piece.sequence]
         sequence.position = piece.start
         del sequence.tokens[piece.start :]
-        sequence.capacity = capacity
+        for _ in range(more):
+            sequence.pages.append(heapq.heappop(self._returned) if self._returned else next(self._fresh))
+        self._pages_used += more
         return sequence
 
 
-def file_rows(buffers: list[torch.Tensor | None], block: int, sequence: Sequence, rows: torch.Tensor) -> torch.Tensor:
-    """Writes rows [heads, n, size] behind the sequence's position and returns everything so far [heads, all, size].
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What one token files in one block: keys [kv heads, key size], values [kv heads, value size]."""
 
-    `buffers` is the sequence's `keys` or `values`. The result is a view."""
-    start, end = sequence.position, sequence.position + rows.shape[1]
-    buffer = buffers[block]
-    if buffer is None or buffer.shape[1] < end:
-        grown = rows.new_empty((rows.shape[0], max(sequence.capacity, end), rows.shape[2]))
-        if buffer is not None:
-            grown[:, :start] = buffer[:, :start]
-        buffers[block] = buffer = grown
-    buffer[:, start:end] = rows
-    return buffer[:, :end]
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def items(self) -> int:
+        return self.kv_heads * (self.key_size + self.value_size)
+
+
+class KvPool:
+    """The pages of all blocks: `keys[block]` [rows, kv heads, key size], `values[block]` likewise.
+
+    On a CPU the pages are mapped, not allocated: one that was never used takes no memory, and `forget` gives back what
+    was used. On a GPU they are allocated at once."""
+
+    def __init__(self, shapes: Items[RowShape], pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shapes = tuple(shapes)
+        rows = max(1, pages) * KV_PAGE_TOKENS
+        sizes = [rows * s.kv_heads * size for s in self.shapes for size in (s.key_size, s.value_size)]
+        self._map: mmap.mmap | None = None
+        flat = self._memory(sum(sizes), dtype, device).split(sizes)
+        self.keys = [part.view(rows, s.kv_heads, s.key_size) for part, s in zip(flat[::2], self.shapes, strict=True)]
+        self.values = [part.view(rows, s.kv_heads, s.value_size) for part, s in zip(flat[1::2], self.shapes, strict=True)]
+
+    def forget(self) -> None:
+        """Gives all memory back; whatever is in the pages is gone."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _memory(self, items: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if device.type != "cpu":
+            return torch.empty(items, dtype=dtype, device=device)
+        self._map = mmap.mmap(-1, items * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        return torch.frombuffer(self._map, dtype=dtype)

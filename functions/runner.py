@@ -15,13 +15,13 @@ import structlog
 import torch
 from transformers import DynamicCache
 
-from functions.attention import PACKED, PackedCache, Unpackable
+from functions.attention import PACKED, PackedPass, Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
 from functions.contract.errors import WrongPosition
 from functions.contract.messages import Opening, Slice
 from functions.contract.sampling import SamplingParams
 from functions.contract.spans import BlockSpan
-from functions.kv_cache import Sequence
+from functions.kv_cache import KvPool, Sequence
 from functions.span_model import SpanModel, load_span
 
 _PROBE = (3, 2)  # lengths of the two sequences that the self-check runs
@@ -35,6 +35,14 @@ class Runner(Protocol):
     model: SpanModel
     packed: bool
     kv_bytes_per_token: int
+
+    def allocate(self, pages: int) -> None:
+        """Makes room for so many pages of keys and values, before the first `run`."""
+        ...
+
+    def forget(self) -> None:
+        """Gives back the memory of pages that were used; there are no sequences now."""
+        ...
 
     def run(
         self, sequences: Items[Sequence], slices: Items[Slice], tokens: torch.Tensor, hidden: torch.Tensor | None
@@ -63,7 +71,16 @@ class PackedRunner:
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
-        self.kv_bytes_per_token = self._self_check()
+        self._probed = self._self_check()
+        self.kv_bytes_per_token = sum(shape.items for shape in self._probed.shapes) * model.dtype.itemsize
+        self._pool: KvPool | None = None
+
+    def allocate(self, pages: int) -> None:
+        self._pool = KvPool(self._probed.shapes, pages, self.model.dtype, self.model.device)
+
+    def forget(self) -> None:
+        if self._pool is not None:
+            self._pool.forget()
 
     def run(
         self, sequences: Items[Sequence], slices: Items[Slice], tokens: torch.Tensor, hidden: torch.Tensor | None
@@ -71,40 +88,38 @@ class PackedRunner:
         positions = np.concatenate([np.arange(s.start, s.end) for s in slices])
         ends = np.cumsum([s.length for s in slices]) - 1
         rows = torch.from_numpy(ends[[s.sample for s in slices]]).to(self.model.device)
-        with PackedCache(sequences, [s.length for s in slices]) as cache:
-            result = self.model.forward(tokens, hidden, torch.from_numpy(positions).to(self.model.device), cache, rows)
-        self._windows = cache.windows
-        return result
+        assert self._pool is not None  # `allocate` comes first
+        with PackedPass(sequences, [s.length for s in slices], self._pool) as cache:
+            return self.model.forward(tokens, hidden, torch.from_numpy(positions).to(self.model.device), cache, rows)
 
     def texts(self, lengths: Items[int], tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         positions = torch.cat([torch.arange(length, device=self.model.device) for length in lengths])
-        sequences = [_blank(index, len(self.model.span)) for index in range(len(lengths))]
-        with PackedCache(sequences, lengths) as cache:
+        with PackedPass([], lengths, None) as cache:
             return self.model.states(tokens, hidden, positions, cache)
 
-    def _self_check(self) -> int:
-        """Runs two short sequences; returns the bytes of KV cache per token. Raises Unpackable."""
-        blocks = len(self.model.span)
-        sequences = [_blank(i, blocks) for i in range(len(_PROBE))]
-        slices = [Slice(i + 1, 0, length) for i, length in enumerate(_PROBE)]
+    def _self_check(self) -> PackedPass:
+        """A pass over two short texts. Raises Unpackable."""
+        tokens, hidden = _probe_input(self.model, sum(_PROBE))
+        positions = torch.cat([torch.arange(length, device=self.model.device) for length in _PROBE])
+        rows = torch.tensor(np.cumsum(_PROBE) - 1, device=self.model.device)
         try:
-            result = self.run(sequences, slices, *_probe_input(self.model, sum(_PROBE)))
+            with PackedPass([], _PROBE, None) as probed:
+                result = self.model.forward(tokens, hidden, positions, probed, rows)
         except Exception as error:
             raise Unpackable(f"{type(error).__name__}: {error}") from error
-        buffers = [b for b in (*sequences[0].keys, *sequences[0].values) if b is not None]
-        if len(self._windows) != blocks or len(buffers) != 2 * blocks:
-            raise Unpackable(f"{len(self._windows)} of {blocks} blocks attend through Transformers' interface")
+        if len(probed.windows) != len(self.model.span):
+            raise Unpackable(f"{len(probed.windows)} of {len(self.model.span)} blocks attend through Transformers' interface")
         if self.model.ends.last and result.shape != (len(_PROBE), self.model.vocab_size):
             raise Unpackable(f"logits of two sequences have shape {list(result.shape)}")
-        self._check_windows()
-        return sum(b[:, :1].numel() * b.element_size() for b in buffers)
+        self._check_windows(probed.windows)
+        return probed
 
-    def _check_windows(self) -> None:
+    def _check_windows(self, windows: list[int | None]) -> None:
         """A model may express a local attention by its masks alone, which packing ignores. Raises Unpackable."""
         config = self.model.config
         local = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-        kinds = getattr(config, "layer_types", None) or [local] * len(self._windows)
-        for kind, window in zip(kinds, self._windows, strict=True):
+        kinds = getattr(config, "layer_types", None) or [local] * len(windows)
+        for kind, window in zip(kinds, windows, strict=True):
             if kind not in ("full_attention", "sliding_attention") or (kind == "sliding_attention" and window is None):
                 raise Unpackable(f"a block of type {kind} does not tell its window to the attention function")
 
@@ -115,6 +130,12 @@ class SequentialRunner:
     def __init__(self, model: SpanModel) -> None:
         self.model = model
         self.kv_bytes_per_token = self._self_check()
+
+    def allocate(self, pages: int) -> None:
+        """Nothing: each sequence has a cache of its own, which grows as it needs."""
+
+    def forget(self) -> None:
+        """Nothing: the caches went with their sequences."""
 
     def run(
         self, sequences: Items[Sequence], slices: Items[Slice], tokens: torch.Tensor, hidden: torch.Tensor | None
@@ -161,7 +182,7 @@ class SequentialRunner:
         """Runs a short sequence; returns the bytes of its cache per token. Raises CheckpointError where the model keeps
         its state in no cache that could be followed: its answers would be wrong."""
         length = 16
-        sequence = _blank(0, 0)
+        sequence = Sequence(1, Opening(SamplingParams(), 1))
         try:
             self.run([sequence], [Slice(1, 0, length)], *_probe_input(self.model, length))
         except Exception as error:
@@ -176,10 +197,6 @@ class SequentialRunner:
                 "it is not supported"
             )
         return max(1, sum(t.numel() * t.element_size() for t in held.values()) // length)
-
-
-def _blank(index: int, blocks: int) -> Sequence:
-    return Sequence(index + 1, Opening(SamplingParams(), 1), keys=[None] * blocks, values=[None] * blocks)
 
 
 def _probe_input(model: SpanModel, n: int) -> tuple[torch.Tensor, Any]:

@@ -22,8 +22,9 @@ from functions.weights import SAFETENSORS_DTYPES, TORCH_DTYPES
 class Stage:
     def __init__(self, runner: Runner, kv_bytes_max: int) -> None:
         self.model = runner.model
-        self.kv = KvStore(len(self.model.span), runner.kv_bytes_per_token, kv_bytes_max)
+        self.kv = KvStore(runner.kv_bytes_per_token, kv_bytes_max)
         self.runner = runner
+        runner.allocate(self.kv.pages_max)
 
     def step(self, step: Step) -> Step | Samples:
         """Computes the slices. The answer is the step with this stage's hidden states, or the samples at the end.

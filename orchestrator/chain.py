@@ -30,7 +30,7 @@ import structlog
 
 from functions.contract.errors import InvalidEvent, KvExhausted, NotReady, StageError, WrongPosition
 from functions.contract.frames import Buffer
-from functions.contract.messages import SEQUENCE_ID_BOUND, Samples, StageInfo, Step, encode_release
+from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, Samples, StageInfo, Step, encode_release
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.generation import GenerationError, GenerationRequest, Priority, Token
@@ -40,8 +40,6 @@ from orchestrator.stage_client import StageClient, StageUnreachable
 
 log = structlog.get_logger()
 
-# stages set memory aside by eighths and at least this many tokens, see functions/kv_cache.py
-_KV_SLACK_TOKENS = 16
 _CLOSE_TIMEOUT_S = 2.0
 
 
@@ -211,7 +209,7 @@ class Chain:
             )
         tokens = len(request.prompt) + request.max_tokens
         sequence = lanes.Sequence(_new_id(), request)
-        job = _Job(sequence, tokens + max(_KV_SLACK_TOKENS, tokens // 8))
+        job = _Job(sequence, -(-tokens // KV_PAGE_TOKENS) * KV_PAGE_TOKENS)
         if job.kv_tokens > self._kv.largest:
             raise GenerationError(
                 f"prompt and answer of {tokens} tokens do not fit into the KV memory of a stage; ask for less, or "

@@ -26,6 +26,7 @@ from functions.contract.sampling import SamplingParams
 
 SEQUENCE_ID_BOUND = 1 << 53  # ids travel as JSON numbers too
 POSITION_BOUND = 1 << 31
+KV_PAGE_TOKENS = 8  # stages set memory for keys and values aside in pages of so many tokens of a sequence
 
 Int32Array = npt.NDArray[np.int32]
 

@@ -1,0 +1,86 @@
+/* The part of paged_attention.c that is compiled once for each kind of processor; NAME gives each its own names. */
+
+INLINE float NAME(dot)(const float *a, const float *b, const int n)
+{
+    Lanes sums = {0};
+    int d = 0;
+    for (; d + LANES <= n; d += LANES) sums += *(const Lanes *)(a + d) * *(const Lanes *)(b + d);
+    float sum = 0.0f;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    for (; d < n; d++) sum += a[d] * b[d];
+    return sum;
+}
+
+/* out += the sum of weights[i] * rows[i] over `count` rows of n floats */
+INLINE void NAME(add_rows)(float *out, const float *const *rows, const float *weights, const int count, const int n)
+{
+    int d = 0;
+    for (; d + LANES <= n; d += LANES) {
+        Lanes sums = *(Lanes *)(out + d);
+        for (int i = 0; i < count; i++) sums += weights[i] * *(const Lanes *)(rows[i] + d);
+        *(Lanes *)(out + d) = sums;
+    }
+    for (; d < n; d++)
+        for (int i = 0; i < count; i++) out[d] += weights[i] * rows[i][d];
+}
+
+/* Query heads first .. first + count - 1, all of kv head `group`, of the token at `position` in row `row`. */
+INLINE void NAME(attend_sized)(const Pass *pass, const Block *b, int slice, int position, int row, int group, int first, int count,
+                   const int key_size, const int value_size)
+{
+    const int32_t *pages = pass->pages + pass->page_starts[slice];
+    const int page = pass->page;
+    const int64_t key_row = (int64_t)b->kv_heads * key_size, value_row = (int64_t)b->kv_heads * value_size;
+    float scores[HEADS_MAX][CHUNK], sums[HEADS_MAX], peaks[HEADS_MAX], acc[HEADS_MAX][SIZE_MAX_];
+    const float *keys[CHUNK], *values[CHUNK];
+    int begin = b->window && position + 1 > b->window ? position + 1 - b->window : 0;
+
+    for (int h = 0; h < count; h++) {
+        /* a sink is a score of its own, whose value is nothing */
+        peaks[h] = b->sinks ? b->sinks[first + h] : LOWEST;
+        sums[h] = b->sinks ? 1.0f : 0.0f;
+        memset(acc[h], 0, value_size * sizeof(float));
+    }
+    for (int from = begin; from <= position; from += CHUNK) {
+        int n = position + 1 - from < CHUNK ? position + 1 - from : CHUNK;
+        for (int t = 0; t < n; t++) {
+            int64_t at = (int64_t)pages[(from + t) / page] * page + (from + t) % page;
+            keys[t] = b->keys + at * key_row + group * key_size;
+            values[t] = b->values + at * value_row + group * value_size;
+        }
+        for (int h = 0; h < count; h++) {
+            const float *query = b->query + (first + h) * b->query_head + row * b->query_token;
+            float *s = scores[h], peak = peaks[h], sum = 0.0f;
+            for (int t = 0; t < n; t++) s[t] = NAME(dot)(query, keys[t], key_size) * b->scale;
+            if (b->softcap != 0.0f)
+                for (int t = 0; t < n; t++) s[t] = tanhf(s[t] / b->softcap) * b->softcap;
+            for (int t = 0; t < n; t++) peak = s[t] > peak ? s[t] : peak;
+            for (int t = 0; t < n; t++) s[t] = expf(s[t] - peak);
+            for (int t = 0; t < n; t++) sum += s[t];
+            float shrink = sums[h] == 0.0f ? 0.0f : expf(peaks[h] - peak); /* of what came before */
+            sums[h] = sums[h] * shrink + sum;
+            if (from > begin)
+                for (int d = 0; d < value_size; d++) acc[h][d] *= shrink;
+            peaks[h] = peak;
+            int t = 0;
+            for (; t + 8 <= n; t += 8) NAME(add_rows)(acc[h], values + t, s + t, 8, value_size);
+            for (; t < n; t++) NAME(add_rows)(acc[h], values + t, s + t, 1, value_size);
+        }
+    }
+    for (int h = 0; h < count; h++) {
+        float *out = b->out + ((int64_t)row * b->heads + first + h) * value_size, part = 1.0f / sums[h];
+        for (int d = 0; d < value_size; d++) out[d] = acc[h][d] * part;
+    }
+}
+
+/* The usual sizes as constants, which is twice as fast. */
+static void NAME(attend)(const Pass *pass, const Block *b, int slice, int position, int row, int group,
+                                int first, int count)
+{
+    if (b->key_size == 64 && b->value_size == 64)
+        NAME(attend_sized)(pass, b, slice, position, row, group, first, count, 64, 64);
+    else if (b->key_size == 128 && b->value_size == 128)
+        NAME(attend_sized)(pass, b, slice, position, row, group, first, count, 128, 128);
+    else
+        NAME(attend_sized)(pass, b, slice, position, row, group, first, count, b->key_size, b->value_size);
+}
