@@ -54,6 +54,11 @@ class KvStore:
         """Bytes set aside, used or not yet."""
         return sum(s.capacity for s in self._sequences.values()) * self.bytes_per_token
 
+    @property
+    def bytes_filled(self) -> int:
+        """Bytes of those that hold keys and values."""
+        return sum(s.position for s in self._sequences.values()) * self.bytes_per_token
+
     def get(self, sequence: int) -> Sequence | None:
         return self._sequences.get(sequence)
 
