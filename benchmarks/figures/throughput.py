@@ -99,6 +99,7 @@ async def measure(bench: Bench) -> list[Section]:
         setting = await _setting(bench, stack)
         vocabulary = setting.chain.chain.vocab_size
         figures: list[Figure] = []
+        await once(setting.runs(random_prompts(1, PROMPT_TOKENS, vocabulary), 2))  # some load things late
         for count in CONCURRENCY:
             prompts = random_prompts(count, PROMPT_TOKENS, vocabulary)
             figures += await _compare(bench, setting, prompts, new_tokens)
