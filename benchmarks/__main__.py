@@ -77,7 +77,7 @@ def main(
         goals.show(verdicts, console)
         for fact in facts:
             print(json.dumps(fact))
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(1 if failed or any(verdict.holds is None for verdict in verdicts) else 0)
 
 
 async def _measure(names: list[str], bench: Bench, console: Console) -> tuple[list[Section], list[str]]:

@@ -104,7 +104,8 @@ async def streamed(target: Target) -> bytes:
 
 def _joined(chunks: bytes) -> bytes:
     """What the chunks hold (RFC 9112, section 7.1). Raises MeasureError where the last one is missing."""
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while (line_end := chunks.find(b"\r\n", at)) >= 0:
         size = int(chunks[at:line_end], 16)
         if size == 0:

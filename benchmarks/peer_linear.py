@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-TRIES = 5
+TRIES = 3
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -137,13 +137,13 @@ def _transposed(weight: torch.Tensor, rows: int) -> Product:
 def _mkl(weight: torch.Tensor, rows: int) -> Product:
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
     run = torch.ops.mkl._mkl_linear
-    return lambda states: run(states, packed, weight, None, rows)  # type: ignore[no-any-return]
+    return lambda states: run(states, packed, weight, None, rows)
 
 
 def _onednn(weight: torch.Tensor, rows: int) -> Product:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     run = torch.ops.mkldnn._linear_pointwise
-    return lambda states: run(states, packed, None, "none", [], "")  # type: ignore[no-any-return]
+    return lambda states: run(states, packed, None, "none", [], "")
 
 
 FORMS = (_plain, _transposed, _mkl, _onednn)

@@ -26,7 +26,14 @@ from benchmarks.floors import LinearFloor, linear_floor
 from benchmarks.peers import TransformersPeer, transformers_peer
 from benchmarks.prompts import random_prompts
 from benchmarks.report import Figure, Section, alone, beside
-from benchmarks.servers import Orchestrator, one_at_a_time, orchestrator, transformers_serve
+from benchmarks.servers import (
+    OneAtATime,
+    Orchestrator,
+    TransformersServe,
+    one_at_a_time,
+    orchestrator,
+    transformers_serve,
+)
 from benchmarks.stages import RunningChain, StageProcess, chain_over, planned_spans, running_stages
 
 STAGES = 2
@@ -59,7 +66,8 @@ class Setting:
     chain: RunningChain
     orchestrator: Orchestrator
     generate: TransformersPeer
-    peers: Mapping[str, Ask]
+    serve: TransformersServe
+    kserve: OneAtATime
     floor: LinearFloor
 
     @property
@@ -70,8 +78,8 @@ class Setting:
         few = prompts[:KSERVE_REQUESTS]
         return {
             GENERATE: _of_generate(self.generate, prompts, new_tokens),
-            SERVE: _timed(self.peers[SERVE], prompts, new_tokens),
-            KSERVE: _timed(self.peers[KSERVE], few, new_tokens),
+            SERVE: _timed(self.serve.ask, prompts, new_tokens),
+            KSERVE: _timed(self.kserve.ask, few, new_tokens),
             CHAIN: _timed(self._ask_chain, prompts, new_tokens),
             HTTP: self._with_cpu(_timed(self.orchestrator.ask, prompts, new_tokens)),
         }
@@ -119,10 +127,8 @@ async def _setting(bench: Bench, stack: AsyncExitStack) -> Setting:
         await stack.enter_async_context(chain_over(stages)),
         await stack.enter_async_context(orchestrator(bench, model, stages)),
         await stack.enter_async_context(transformers_peer(model, CORES)),
-        {
-            SERVE: (await stack.enter_async_context(transformers_serve(bench, model))).ask,
-            KSERVE: (await stack.enter_async_context(one_at_a_time(bench, model))).ask,
-        },
+        await stack.enter_async_context(transformers_serve(bench, model)),
+        await stack.enter_async_context(one_at_a_time(bench, model)),
         await stack.enter_async_context(linear_floor(model, spans, threads)),
     )
 
