@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -136,8 +137,9 @@ async def _server(
 
 
 async def _until_ready(running: Program, url: str) -> None:
-    async with httpx.AsyncClient(trust_env=False, timeout=READY_TIMEOUT_S) as client, asyncio.timeout(READY_TIMEOUT_S):
-        while True:
+    gives_up_s = time.monotonic() + READY_TIMEOUT_S
+    async with httpx.AsyncClient(trust_env=False, timeout=READY_TIMEOUT_S) as client:
+        while time.monotonic() < gives_up_s:
             await running.check()
             try:
                 if (await client.get(url)).status_code == 200:
@@ -145,6 +147,7 @@ async def _until_ready(running: Program, url: str) -> None:
             except httpx.HTTPError:
                 pass  # its port is not open yet
             await asyncio.sleep(LOOK_EVERY_S)
+    raise MeasureError(f"{url} did not answer 200 in {READY_TIMEOUT_S:.0f} s")
 
 
 def free_port() -> int:
