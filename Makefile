@@ -16,6 +16,7 @@ PROMPT  ?= ROMEO: But soft! what light through yonder window breaks?
 ONCE    ?=
 TESTS   ?= tests
 WORKERS ?= 2
+BENCH   ?=
 
 REGISTRY ?=
 TAG      ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -52,8 +53,8 @@ format: $(STAMP) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## measure, and print a table and a JSON line for each benchmark
-	$(BIN)/python -m benchmarks
+bench: $(STAMP) ## measure, and print tables and JSON lines, the goals last; BENCH=--goals leaves out what no goal needs
+	$(BIN)/python -m benchmarks $(BENCH)
 
 images: ## build the container images; REGISTRY=, TAG=, VARIANT=cpu|cuda, ENGINE=docker|podman
 	@case '$(VARIANT)' in cpu | cuda) ;; *) echo "VARIANT must be cpu or cuda, got '$(VARIANT)'" >&2; exit 2 ;; esac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import goals, report
 from benchmarks.bench import ROOT, Bench, MeasureError
 from benchmarks.figures import FIGURES
 from benchmarks.report import Section
@@ -29,6 +30,7 @@ def main(
         list[str] | None,
         typer.Option(help=f"Only this figure, one of {', '.join(FIGURES)}; may be repeated.", show_default=False),
     ] = None,
+    for_goals: Annotated[bool, typer.Option("--goals", help="Only the figures that the goals need.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Toy size, one round: does it run at all?")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Alternating runs of each thing that is compared.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Only the JSON lines, no tables.")] = False,
@@ -36,32 +38,46 @@ def main(
 ) -> None:
     """Measure Stagecraft beside its peers, on two cores of this machine.
 
-    Each figure ends as a row of a table and as a JSON line. It takes about half an hour; let nothing else run.
+    Each figure ends as a row of a table and as a JSON line; the goals come last, likewise. It takes about an hour, with
+    --goals some 25 minutes; let nothing else run. A goal that is missed is no error: the exit code is 1 only when
+    something could not be measured.
 
     [bold]Examples[/]
 
     python -m benchmarks
 
+    python -m benchmarks --goals
+
     python -m benchmarks --only hop --only latency
 
     python -m benchmarks --quick --json
     """
-    names = list(dict.fromkeys(only or FIGURES))
+    if only and for_goals:
+        raise typer.BadParameter("--goals chooses the figures, so --only cannot", param_hint="--goals")
+    names = list(dict.fromkeys(only or (goals.sources() if for_goals else FIGURES)))
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
         raise typer.BadParameter(f"no figure {unknown[0]}; there are {', '.join(FIGURES)}", param_hint="--only")
     console = Console(quiet=as_json, width=None if sys.stdout.isatty() else 140)
     load_before = os.getloadavg()[0]
+    console.print(f"load average before the run: {load_before:.2f}", highlight=False)
     if load_before > BUSY and not quick:
         print(f"warning: other programs keep this machine busy (load {load_before:.1f})", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: processes and temporary files go
     with tempfile.TemporaryDirectory(prefix="stagecraft-bench-") as folder:
         bench = Bench(Path(folder), quick, 1 if quick else rounds)
         sections, failed = asyncio.run(_measure(names, bench, console))
-    report.write(output, sections, quick=quick, load_before=load_before)
+    verdicts = goals.judge(sections, names)
+    facts = [verdict.to_json() for verdict in verdicts]
+    report.write(output, sections, quick=quick, load_before=load_before, goals=facts)
     for line in report.json_lines(sections):
         print(line)
-    raise typer.Exit(1 if failed else 0)
+    sys.stdout.flush()
+    if verdicts:
+        goals.show(verdicts, console)
+        for fact in facts:
+            print(json.dumps(fact))
+    raise typer.Exit(1 if failed or any(verdict.holds is None for verdict in verdicts) else 0)
 
 
 async def _measure(names: list[str], bench: Bench, console: Console) -> tuple[list[Section], list[str]]:

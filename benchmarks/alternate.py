@@ -27,6 +27,16 @@ async def alternate(
     return results
 
 
+async def once(runs: Mapping[str, Callable[[], Awaitable[T]]]) -> dict[str, T]:
+    """The result of one run of each: a warm-up that is looked at, to leave out who has no chance."""
+    return {name: await run() for name, run in runs.items()}
+
+
+def hopeless(rates: Mapping[str, float], least: float = 0.5) -> set[str]:
+    """Those that reach less than `least` of the best rate: no round would make one of them the best."""
+    return {name for name, rate in rates.items() if rate < least * max(rates.values())}
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value that `percent` of all are not above (nearest rank)."""
     ordered = sorted(values)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import CORES, DEMO, Bench, MeasureError, child_environment
+from benchmarks.prompts import spell
 
 LLAMA_82M: dict[str, Any] = {
     "hidden_size": 768,
@@ -85,8 +86,30 @@ async def speaking(bench: Bench, name: str, config: dict[str, Any]) -> Path:
     return folder
 
 
-def block_count(model: Path) -> int:
-    return int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
+async def spelling(bench: Bench) -> Path:
+    """The large model with a tokenizer whose every token is a word of its own (`prompts.spell`): texts can be compared
+    token by token, and a prompt has as many tokens as it was given."""
+    folder = await large(bench)
+    vocabulary = {spell([token]): token for token in range(vocab_size(folder))}
+    (folder / "tokenizer.json").write_text(json.dumps(_WORDS | {"model": _words_model(vocabulary)}))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+_WORDS: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "WhitespaceSplit"},
+    "post_processor": None,
+    "decoder": None,  # words with spaces between them
+}
+
+
+def _words_model(vocabulary: dict[str, int]) -> dict[str, Any]:
+    return {"type": "WordLevel", "vocab": vocabulary, "unk_token": next(iter(vocabulary))}
 
 
 def vocab_size(model: Path) -> int:

@@ -8,11 +8,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from benchmarks.bench import MeasureError
 
 _LENGTH = b"content-length:"
+_CHUNKED = b"transfer-encoding: chunked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,37 @@ async def answers(targets: Sequence[Target], connections: int) -> list[bytes]:
 
     await asyncio.gather(*(some() for _ in range(connections)))
     return found
+
+
+async def streamed(target: Target) -> bytes:
+    """The body of an answer that comes in chunks, by a connection of its own which the server then closes: it is taken
+    apart only after its end. Raises MeasureError."""
+    asking = replace(target, headers={**target.headers, "Connection": "close"})
+    host, _, port = target.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(asking.request)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    except OSError as error:
+        raise MeasureError(f"{target.address} closed the connection: {error}") from None
+    finally:
+        writer.close()
+    if not head.startswith(b"HTTP/1.1 %d " % target.status) or _CHUNKED not in head.lower():
+        raise MeasureError(f"{target.address} answered {head[:100]!r}: {body[:200]!r}")
+    return _joined(body)
+
+
+def _joined(chunks: bytes) -> bytes:
+    """What the chunks hold (RFC 9112, section 7.1). Raises MeasureError where the last one is missing."""
+    parts: list[bytes] = []
+    at = 0
+    while (line_end := chunks.find(b"\r\n", at)) >= 0:
+        size = int(chunks[at:line_end], 16)
+        if size == 0:
+            return b"".join(parts)
+        parts.append(chunks[line_end + 2 : line_end + 2 + size])
+        at = line_end + 2 + size + 2
+    raise MeasureError(f"a stream broke off after {sum(map(len, parts))} bytes")
 
 
 class _Connection:

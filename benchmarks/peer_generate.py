@@ -1,5 +1,6 @@
 """Transformers as people use it: `from_pretrained`, `generate`. Reads {"prompts": [[id, ...], ...], "new_tokens": N}
 lines and answers each with {"tokens": [[id, ...], ...], "stamps_s": [...]}; `python -m benchmarks.peer_generate MODEL`.
+A batch's shorter prompts are padded on the left.
 """
 
 from __future__ import annotations
@@ -30,19 +31,21 @@ class Stamps(BaseStreamer):  # type: ignore[misc]  # Transformers has no types
 
 
 def generate(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    inputs = torch.tensor(prompts)
+    length = max(map(len, prompts))
+    inputs = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     stamps = Stamps()
     started_s = time.perf_counter()
     output = model.generate(
         inputs,
-        attention_mask=torch.ones_like(inputs),
+        attention_mask=mask,
         max_new_tokens=new_tokens,
         do_sample=False,
         streamer=stamps,
     )
     # the first call of a streamer brings the prompt
     return {
-        "tokens": output[:, inputs.shape[1] :].tolist(),
+        "tokens": output[:, length:].tolist(),
         "stamps_s": [seen_s - started_s for seen_s in stamps.seen_s[1:]],
     }
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks import tether
 from benchmarks.bench import ROOT, MeasureError, child_environment
@@ -35,7 +35,8 @@ class TransformersPeer:
         self._program = program
 
     async def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
-        """Greedy, prompts of equal length as one batch. Timed inside the process, so the pipe costs it nothing."""
+        """Greedy, as one batch; shorter prompts are padded on the left. Timed inside the process, so the pipe costs it
+        nothing."""
         await self._program.write_line({"prompts": [list(prompt) for prompt in prompts], "new_tokens": new_tokens})
         return Generated(**await self._program.read_line())
 
@@ -63,6 +64,15 @@ class Program:
         self._process = process
         self._log = log
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def check(self) -> None:
+        """Raises MeasureError when the process has ended."""
+        if self._process.returncode is not None:
+            await self._raise_ended()
+
     async def write_line(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None  # a pipe, see `program`
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -73,11 +83,14 @@ class Program:
         assert self._process.stdout is not None
         line = await self._process.stdout.readline()
         if not line:
-            code = await self._process.wait()
-            printed = "what it printed is above" if self._log is None else self._log.read_text()[-LOG_CHARS_SHOWN:]
-            raise MeasureError(f"`python -m {self._name}` ended with exit code {code}; {printed}")
+            await self._raise_ended()
         message: dict[str, Any] = json.loads(line)
         return message
+
+    async def _raise_ended(self) -> NoReturn:
+        code = await self._process.wait()
+        printed = "what it printed is above" if self._log is None else self._log.read_text()[-LOG_CHARS_SHOWN:]
+        raise MeasureError(f"`python -m {self._name}` ended with exit code {code}; {printed}")
 
 
 @asynccontextmanager

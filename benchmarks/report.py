@@ -38,7 +38,7 @@ class Figure:
 
     def to_json(self) -> dict[str, Any]:
         """Without what is not there; numbers with five digits."""
-        return {key: _rounded(value) for key, value in asdict(self).items() if value not in (None, "")}
+        return {key: rounded(value) for key, value in asdict(self).items() if value not in (None, "")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +90,25 @@ def json_lines(sections: Iterable[Section]) -> list[str]:
     return [json.dumps(figure.to_json()) for section in sections for figure in section.figures]
 
 
-def write(path: Path, sections: Sequence[Section], *, quick: bool, load_before: float) -> None:
-    """The figures with what they were measured on. Raises OSError."""
+def write(
+    path: Path,
+    sections: Sequence[Section],
+    *,
+    quick: bool,
+    load_before: float,
+    goals: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """The figures and the verdicts on `goals`, with what they were measured on. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {
         **surroundings(),
         "load_before": round(load_before, 2),
         "quick": quick,
         "figures": [f.to_json() for s in sections for f in s.figures],
+        "goals": list(goals),
         "series": {
             section.title: {
-                name: [[_rounded(x), _rounded(y)] for x, y in points] for name, points in section.series.items()
+                name: [[rounded(x), rounded(y)] for x, y in points] for name, points in section.series.items()
             }
             for section in sections
             if section.series
@@ -138,5 +146,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """A float with five digits; whatever is no float as it is."""
     return float(f"{value:.5g}") if isinstance(value, float) else value

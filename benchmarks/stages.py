@@ -6,21 +6,25 @@ This process stands for the orchestrator: it runs the chain, and HTTP on loopbac
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import psutil
 
 from benchmarks import processes
 from benchmarks.bench import Bench, child_environment
-from benchmarks.checkpoints import block_count
 from benchmarks.processes import Child
+from functions.contract.checkpoint import open_checkpoint
 from functions.contract.spans import BlockSpan
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
+from orchestrator.planner import plan_by_stages
 
 PLAN = "benchmark"
 STAGE_HOST = "127.0.0.1"
@@ -41,6 +45,16 @@ class StageProcess:
         peak = next(line for line in lines if line.startswith("VmHWM:"))
         return int(peak.split()[1]) << 10
 
+    def cpu_s(self) -> float:
+        """CPU time so far, user and system."""
+        return cpu_s(self.child.pid)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far, user and system."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
 
 @dataclass(frozen=True, slots=True)
 class RunningChain:
@@ -58,37 +72,67 @@ class RunningChain:
         return tokens, stamps_s
 
 
-def even_spans(blocks: int, stages: int) -> list[BlockSpan]:
-    """Spans whose lengths differ by at most one block."""
-    borders = [round(blocks * i / stages) for i in range(stages + 1)]
-    return [BlockSpan(start, end) for start, end in itertools.pairwise(borders)]
+def planned_spans(model: Path, stages: int) -> list[BlockSpan]:
+    """Where `stagecraft up` would cut the model."""
+    plan = plan_by_stages(open_checkpoint(str(model)), stages, dtype="float32")
+    return [stage.blocks for stage in plan.stages]
 
 
 @asynccontextmanager
 async def running_chain(bench: Bench, model: Path, stages: int, threads: int) -> AsyncIterator[RunningChain]:
     """A chain that is awake. Its processes end with the context, or with this process."""
-    spans = even_spans(block_count(model), stages)
-    async with running_stages(bench, model, spans, threads=threads) as running:
-        chain = Chain(PLAN, [stage.url for stage in running], ChainSettings(wake_timeout_s=WAKE_TIMEOUT_S))
-        try:
-            await chain.start()
-            yield RunningChain(chain, tuple(running))
-        finally:
-            await chain.close()
+    async with (
+        running_stages(bench, model, planned_spans(model, stages), threads=threads) as running,
+        chain_over(running) as chain,
+    ):
+        yield chain
+
+
+@asynccontextmanager
+async def chain_over(
+    stages: Sequence[StageProcess], settings: ChainSettings | None = None
+) -> AsyncIterator[RunningChain]:
+    """A chain of stages that run already, awake. Several may share them, in turns."""
+    settings = replace(settings or ChainSettings(), wake_timeout_s=WAKE_TIMEOUT_S)
+    chain = Chain(PLAN, [stage.url for stage in stages], settings)
+    try:
+        await chain.start()
+        yield RunningChain(chain, tuple(stages))
+    finally:
+        await chain.close()
 
 
 @asynccontextmanager
 async def running_stages(
-    bench: Bench, model: Path, spans: Sequence[BlockSpan], *, threads: int, first: int = 0, count: int | None = None
+    bench: Bench,
+    model: Path,
+    spans: Sequence[BlockSpan],
+    *,
+    threads: int,
+    first: int = 0,
+    count: int | None = None,
+    apart: bool = False,
 ) -> AsyncIterator[list[StageProcess]]:
-    """One process for each span, numbered from `first` of `count` stages. They may still be loading."""
+    """One process for each span, numbered from `first` of `count` stages. They may still be loading.
+
+    `apart`: each on a core of its own (or on all of them, where there are too few)."""
     started: list[StageProcess] = []
     try:
         for index, span in enumerate(spans, first):
             started.append(await _start(bench, model, span, index, count or len(spans), threads))
+        if apart:
+            _keep_apart(started)
         yield started
     finally:
         await processes.stop([stage.child for stage in started], STAGE_GRACE_S)
+
+
+def _keep_apart(stages: Sequence[StageProcess]) -> None:
+    """What a process starts later, threads too, stays on the core that it is given now."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= len(stages):
+        for stage, core in zip(stages, cores, strict=False):
+            os.sched_setaffinity(stage.child.pid, {core})
 
 
 async def _start(bench: Bench, model: Path, span: BlockSpan, index: int, count: int, threads: int) -> StageProcess:

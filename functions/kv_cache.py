@@ -76,6 +76,11 @@ class KvStore:
         """Tokens whose keys and values are there."""
         return sum(sequence.position for sequence in self._sequences.values())
 
+    @property
+    def bytes_filled(self) -> int:
+        """Bytes of those that hold keys and values."""
+        return sum(s.position for s in self._sequences.values()) * self.bytes_per_token
+
     def get(self, sequence: int) -> Sequence | None:
         return self._sequences.get(sequence)
 

@@ -18,6 +18,7 @@ WAIT_SECONDS = Histogram(
 )
 BODY_BYTES = Counter("stagecraft_stage_body_bytes_total", "Bytes of event data", ["direction"])
 KV_BYTES = Gauge("stagecraft_stage_kv_bytes", "Bytes of KV cache set aside")
+KV_BYTES_FILLED = Gauge("stagecraft_stage_kv_bytes_filled", "Bytes of KV cache that hold keys and values")
 KV_BYTES_MAX = Gauge("stagecraft_stage_kv_bytes_max", "Budget of the KV cache in bytes")
 SEQUENCES = Gauge("stagecraft_stage_sequences", "Sequences held")
 LOAD_SECONDS = Gauge("stagecraft_stage_load_seconds", "Time from the start of loading to ready")

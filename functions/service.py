@@ -209,6 +209,7 @@ class StageService:
     @staticmethod
     def _show_kv(stage: Stage) -> None:
         metrics.KV_BYTES.set(stage.kv.bytes_used)
+        metrics.KV_BYTES_FILLED.set(stage.kv.bytes_filled)
         metrics.KV_BYTES_MAX.set(stage.kv.bytes_max)
         metrics.SEQUENCES.set(len(stage.kv))
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from benchmarks.bench import Bench
-from benchmarks.figures import batch, events, hop, latency, memory, path, slow, startup, throughput, wake
+from benchmarks.figures import (
+    batch,
+    events,
+    hop,
+    latency,
+    memory,
+    mixed,
+    path,
+    prefill,
+    slow,
+    startup,
+    throughput,
+    wake,
+)
 from benchmarks.report import Section
 
 Measure = Callable[[Bench], Awaitable[list[Section]]]
@@ -14,6 +27,8 @@ FIGURES: dict[str, Measure] = {
     "hop": hop.measure,
     "latency": latency.measure,
     "throughput": throughput.measure,
+    "mixed": mixed.measure,
+    "prefill": prefill.measure,
     "path": path.measure,
     "wake": wake.measure,
     "startup": startup.measure,

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from benchmarks.alternate import alternate, median_ratio, percentile
+from benchmarks.alternate import alternate, hopeless, median_ratio, once, percentile
 
 
 async def test_runs_take_turns_and_every_other_round_goes_backwards() -> None:
@@ -30,6 +30,18 @@ async def test_without_warm_up_the_first_run_counts() -> None:
         return 7
 
     assert await alternate(1, {"a": run}, warm_up=False) == {"a": [7]}
+
+
+async def test_once_runs_each_a_single_time() -> None:
+    async def run() -> int:
+        return 7
+
+    assert await once({"a": run, "b": run}) == {"a": 7, "b": 7}
+
+
+def test_only_those_far_behind_the_best_are_hopeless() -> None:
+    assert hopeless({"best": 100.0, "near": 50.0, "far": 49.9}) == {"far"}
+    assert hopeless({"alone": 1.0}) == set()
 
 
 @pytest.mark.parametrize(

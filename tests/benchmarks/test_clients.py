@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from benchmarks.bench import MeasureError
-from benchmarks.http_load import Target, answers, latencies_s, requests_per_s
+from benchmarks.http_load import Target, answers, latencies_s, requests_per_s, streamed
 from benchmarks.peers import echo_peer, program
 from benchmarks.streams import first_text_s
 
@@ -65,6 +65,38 @@ async def test_a_connection_that_closes_is_told() -> None:
     async with answering(b"body") as address:
         with pytest.raises(MeasureError, match="closed the connection"):
             await latencies_s(Target.echo(address, "/", b"body"), 2)
+
+
+@asynccontextmanager
+async def streaming(content: bytes) -> AsyncIterator[str]:
+    """As `answering`, for an answer in chunks."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + content)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_chunks_of_a_stream_are_joined() -> None:
+    async with streaming(b"3\r\na\r\n\r\nb\r\n0123456789\n\r\n0\r\n\r\n") as address:
+        assert await streamed(Target(address, "/", b"")) == b"a\r\n0123456789\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"3\r\nabc\r\n", b"3\r\nab"])
+async def test_a_stream_that_breaks_off_is_told(content: bytes) -> None:
+    async with streaming(content) as address:
+        with pytest.raises(MeasureError, match="broke off"):
+            await streamed(Target(address, "/", b""))
+
+
+async def test_an_answer_that_is_no_stream_is_told() -> None:
+    async with answering(b"busy", b"503 Service Unavailable") as address:
+        with pytest.raises(MeasureError, match="busy"):
+            await streamed(Target(address, "/", b""))
 
 
 async def test_first_text_is_not_the_first_event() -> None:

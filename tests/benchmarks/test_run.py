@@ -11,13 +11,26 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.goals import GOALS
+from benchmarks.traces import EXCERPTS
+
 WAYS = ("queue-proxy", "ingress, queue-proxy", "ingress, activator, queue-proxy")
 
 # figure -> names that its JSON lines must have
 EXPECTED = {
     "hop": ["hop 10 KB p50", "hop 10 KB p99", "hop 16 MB p50", "hop 16 MB p99"],
-    "latency": ["toy, generate, 2 threads", "toy, 2 stages, 1 thread each"],
-    "throughput": ["2 at once, 1 thread a stage"],
+    "latency": ["82M, generate, 2 threads", "82M, 2 stages, 1 thread each", "82M, 4 stages, 1 thread each"],
+    "throughput": [
+        *(
+            f"{count} at once{what}"
+            for count in (1, 8, 32, 64)
+            for what in ("", " over HTTP", ", generate", ", one at a time")
+        ),
+        "64 at once, beside the floor",
+        "64 at once over HTTP, CPU of the orchestrator",
+    ],
+    "mixed": ["mixed lengths", "mixed lengths, KV cache set aside"],
+    "prefill": ["first token of 1,500, chunked"],
     "path": [
         *(f"{way}, {percent}" for percent in ("p50", "p99") for way in WAYS),
         *(f"{way}, 2 connections" for way in WAYS if way.startswith("ingress")),
@@ -55,10 +68,16 @@ def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.slow) for n in EXPECTED])
 def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
+    if name == "mixed" and not EXCERPTS.is_dir():
+        pytest.skip(f"the traces are not there: {EXCERPTS}")
     output = tmp_path / "new" / "figures.json"
     done = run(root, "--quick", "--json", "--only", name, "--output", str(output))
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    every = [json.loads(line) for line in done.stdout.splitlines()]
+    lines, verdicts = [line for line in every if "name" in line], [line for line in every if "goal" in line]
+    assert every == lines + verdicts
+    assert [verdict["goal"] for verdict in verdicts] == [goal.name for goal in GOALS if goal.source == name]
+    assert all(verdict["measured"] > 0 and verdict["holds"] in (True, False) for verdict in verdicts)
     names = [line["name"] for line in lines if "transformers serve" not in line["name"]]  # where it can run
     assert names == EXPECTED[name]
     assert all(line["value"] > 0 and line["n"] == 1 and line["unit"] for line in lines)
@@ -68,6 +87,7 @@ def test_figure_runs_at_toy_size(root: Path, tmp_path: Path, name: str) -> None:
     assert not any("tokens" in note or "texts are those of the peer" in note for note in notes)
     written = json.loads(output.read_text())
     assert written["figures"] == lines
+    assert written["goals"] == verdicts
     assert written["quick"] is True
 
 
@@ -75,6 +95,16 @@ def test_expected_names_cover_all_figures(root: Path) -> None:
     done = run(root, "--only", "nothing")
     assert done.returncode == 2
     assert all(name in done.stderr for name in EXPECTED)
+
+
+def test_every_goal_is_about_a_figure_that_is_measured() -> None:
+    assert all(goal.figure in EXPECTED[goal.source] for goal in GOALS)
+
+
+def test_goals_choose_the_figures_by_themselves(root: Path) -> None:
+    done = run(root, "--goals", "--only", "hop")
+    assert done.returncode == 2
+    assert "--only cannot" in done.stderr
 
 
 def test_help_shows_examples(root: Path) -> None:

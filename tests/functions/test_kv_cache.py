@@ -107,7 +107,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def budget_is_kept(self) -> None:
-        assert 0 <= self.store.bytes_used <= self.store.bytes_max
+        assert 0 <= self.store.bytes_filled <= self.store.bytes_used <= self.store.bytes_max
         assert len(self.store) == len(self.model)
 
     @invariant()
