@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from benchmarks.bench import Bench
-from benchmarks.figures import batch, events, hop, latency, memory, path, slow, startup, throughput, wake
+from benchmarks.figures import batch, events, hop, latency, memory, path, quantize, slow, startup, throughput, wake
 from benchmarks.report import Section
 
 Measure = Callable[[Bench], Awaitable[list[Section]]]
@@ -21,4 +21,5 @@ FIGURES: dict[str, Measure] = {
     "events": events.measure,
     "batch": batch.measure,
     "memory": memory.measure,
+    "quantize": quantize.measure,
 }

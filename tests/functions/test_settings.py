@@ -34,7 +34,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "MODEL": "s3://b/m", "BLOCKS": "0:3", "INDEX": "1", "COUNT": "4", "PLAN": "ab", "MODEL_NAME": "n",
         "DTYPE": "bfloat16", "DEVICE": "cuda:1", "KV_BYTES_MAX": "123", "BODY_BYTES_MAX": "456", "THREADS": "2",
         "REPLICA": "10.0.0.1:8012", "KV_SHARE": "0.5", "MODEL_WAIT_S": "7.5",
-        "SCORE_TOKENS_MAX": "9", "CLAIMS": "s3://b/c", "CLAIM_BYTES": "0", "CLAIM_AGE_S": "1.5",
+        "SCORE_TOKENS_MAX": "9", "CLAIMS": "s3://b/c", "CLAIM_BYTES": "0", "CLAIM_AGE_S": "1.5", "QUANTIZE": "int8",
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(f"STAGE_{name}", value)
@@ -46,7 +46,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 WRONG = [
     ("BLOCKS", "5:2", "start < end"), ("BLOCKS", "two", "START:END"), ("BLOCKS", "", "START:END"),
     ("INDEX", "-1", "greater"), ("INDEX", "one", "integer"), ("COUNT", "0", "greater"),
-    ("DTYPE", "int8", "float32"), ("DEVICE", "tpu", "match"), ("KV_BYTES_MAX", "0", "greater"),
+    ("DTYPE", "int8", "float32"), ("QUANTIZE", "int4", "int8"), ("DEVICE", "tpu", "match"), ("KV_BYTES_MAX", "0", "greater"),
     ("KV_BYTES_MAX", "2GiB", "integer"), ("BODY_BYTES_MAX", "-1", "greater"), ("THREADS", "-2", "greater"),
 ]  # fmt: skip
 
