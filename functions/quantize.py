@@ -4,8 +4,8 @@
     input     each row is scaled to int8 when it comes in, by its own largest value
     product   int8 x int8 summed up in int32, exact; times both scales
 
-A row has a scale of its own and whole numbers are summed exactly, so what a sequence gets depends neither on who travels
-with it nor on how its prompt was chunked. Weights are quantised one by one, so cuts change nothing either.
+A row has a scale of its own and whole numbers are summed exactly, so what these layers give a sequence depends neither
+on who travels with it nor on how its prompt was chunked. Weights are quantised one by one: cuts change nothing either.
 
 The linear layers of the blocks and the head are quantised. Embeddings are not: looking rows up gains no speed, and
 their error would enter every block. Norms, biases and gates are small. Experts that Transformers packs into one tensor
@@ -38,8 +38,8 @@ _CUDA_MULTIPLE = 8
 class Int8Linear(nn.Module):
     """Stands for a linear layer. Any weight of floats that it is given is kept as int8."""
 
-    weight: nn.Parameter  # float on the meta device until it is loaded, then int8 [out, in]
-    scale: nn.Parameter  # float32 [out]; there once the weight is
+    weight: torch.Tensor  # float on the meta device until it is loaded, then int8 [out, in]
+    scale: torch.Tensor  # float32 [out]; there once the weight is
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ def load_weights(
 ) -> None:
     """Fills the cut model on `device`. Raises CheckpointError that names missing or misshapen tensors.
 
-    `one_by_one` reads a tensor only when the one before is in its place, for layers that keep less than they are given."""
+    With `one_by_one` a tensor is read when the one before is in its place: for layers that keep less than they get."""
     model = cut.model
     config = LoadStateDictConfig(
         device_map={"": device},
@@ -127,6 +127,10 @@ def _finish(cut: Cut, checkpoint: Checkpoint, missing: set[str], device: torch.d
     if cut.ends.whole:
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         missing = missing - set(model.all_tied_weights_keys)
+        if not model.get_input_embeddings().weight.is_floating_point():
+            raise CheckpointError(
+                f"{checkpoint.location} holds a quantised head for an embedding that it lacks; serve it without --quantize"
+            )
     missing = {name for name in missing if not _ignorable(model, name)}
     if missing:
         shown = ", ".join(_original(cut, name) for name in sorted(missing)[:5])

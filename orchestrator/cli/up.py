@@ -401,8 +401,13 @@ def _fitted(
         options = {"dtype": dtype or "auto", "quantize": quantize or "none", "model": source.location}
         return plan_by_stages(checkpoint, stages, name=name or source.name, **options)
     check_plan(given, checkpoint)
-    loaded_as = {"dtype": dtype or given.dtype, "quantize": quantize or given.quantize}
-    return replace(given, model=source.location, name=name or given.name, **loaded_as)
+    return replace(
+        given,
+        model=source.location,
+        name=name or given.name,
+        dtype=dtype or given.dtype,
+        quantize=quantize or given.quantize,
+    )
 
 
 def _bytes(option: str, text: str) -> int:

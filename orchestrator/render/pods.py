@@ -231,7 +231,7 @@ def loaded_cost(what: Deployment, cost: Cost) -> Cost:
     if what.gpu is not None or what.plan.dtype != "auto" or not cost.weight_bytes:
         return cost
     if what.plan.quantize != "none":
-        # int8 stays; what else there is in halves, no more than the bytes beyond one a parameter, doubles with the cache
+        # int8 stays; the rest, which cannot be more halves than there are bytes beyond one a parameter, becomes float32
         beyond = max(0, cost.weight_bytes - cost.parameters) if cost.parameters else cost.weight_bytes
         return replace(
             cost, weight_bytes=cost.weight_bytes + 2 * beyond, kv_bytes_per_token=2 * cost.kv_bytes_per_token

@@ -181,7 +181,7 @@ def test_one_tensor_is_read_after_another(tied: Checkpoint, monkeypatch: pytest.
 def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, eos_token_id=None)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="blocks have no linear layers, only Conv1D, .*without --quantize"):
+    with pytest.raises(CheckpointError, match=r"blocks have no linear layers, only Conv1D, .*without --quantize"):
         load(open_checkpoint(str(tmp_path)), "0:2")
 
 

@@ -46,8 +46,9 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 WRONG = [
     ("BLOCKS", "5:2", "start < end"), ("BLOCKS", "two", "START:END"), ("BLOCKS", "", "START:END"),
     ("INDEX", "-1", "greater"), ("INDEX", "one", "integer"), ("COUNT", "0", "greater"),
-    ("DTYPE", "int8", "float32"), ("QUANTIZE", "int4", "int8"), ("DEVICE", "tpu", "match"), ("KV_BYTES_MAX", "0", "greater"),
+    ("DTYPE", "int8", "float32"), ("DEVICE", "tpu", "match"), ("KV_BYTES_MAX", "0", "greater"),
     ("KV_BYTES_MAX", "2GiB", "integer"), ("BODY_BYTES_MAX", "-1", "greater"), ("THREADS", "-2", "greater"),
+    ("QUANTIZE", "int4", "int8"),
 ]  # fmt: skip
 
 
