@@ -129,7 +129,8 @@ def _finish(cut: Cut, checkpoint: Checkpoint, missing: set[str], device: torch.d
         missing = missing - set(model.all_tied_weights_keys)
         if not model.get_input_embeddings().weight.is_floating_point():
             raise CheckpointError(
-                f"{checkpoint.location} holds a quantised head for an embedding that it lacks; serve it without --quantize"
+                f"{checkpoint.location} has only the head where embedding and head share a matrix, so it cannot be "
+                "quantised; serve it without --quantize"
             )
     missing = {name for name in missing if not _ignorable(model, name)}
     if missing:

@@ -90,7 +90,7 @@ def measure(checkpoint: Checkpoint, ids: Sequence[int], options: Options) -> Ite
 
 
 def compared(reference: Runner, runner: Runner, windows: torch.Tensor) -> Iterator[tuple[float, float, float]]:
-    """Of each window (loss, KL divergence, share of tokens whose likeliest successor is the same), means of its tokens."""
+    """Of each window (loss, KL divergence, share of tokens with the same likeliest successor), means of its tokens."""
     for window in windows:
         theirs, ours = log_probabilities(reference, window), log_probabilities(runner, window)
         loss = -ours[:-1].gather(1, window[1:, None]).mean()
