@@ -72,11 +72,6 @@ class KvStore:
         return self._pages_used * self._page_bytes
 
     @property
-    def tokens_held(self) -> int:
-        """Tokens whose keys and values are there."""
-        return sum(sequence.position for sequence in self._sequences.values())
-
-    @property
     def bytes_filled(self) -> int:
         """Bytes of those that hold keys and values."""
         return sum(s.position for s in self._sequences.values()) * self.bytes_per_token

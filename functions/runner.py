@@ -22,6 +22,7 @@ from functions.contract.messages import Opening, Slice
 from functions.contract.sampling import SamplingParams
 from functions.contract.spans import BlockSpan
 from functions.kv_cache import KvPool, Sequence
+from functions.quantize import Quantization
 from functions.span_model import SpanModel, load_span
 
 _PROBE = (3, 2)  # lengths of the two sequences that the self-check runs
@@ -57,13 +58,19 @@ class Runner(Protocol):
         ...
 
 
-def load_runner(checkpoint: Checkpoint, span: BlockSpan, dtype: torch.dtype, device: torch.device) -> Runner:
+def load_runner(
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization = "none",
+) -> Runner:
     """Loads the span and checks it by a short run. Raises CheckpointError."""
     try:
-        return PackedRunner(load_span(checkpoint, span, dtype, device, PACKED))
+        return PackedRunner(load_span(checkpoint, span, dtype, device, PACKED, quantization))
     except Unpackable as error:
         log.info("one_sequence_at_a_time", reason=str(error), model_type=checkpoint.config.get("model_type"))
-    return SequentialRunner(load_span(checkpoint, span, dtype, device))
+    return SequentialRunner(load_span(checkpoint, span, dtype, device, quantization=quantization))
 
 
 class PackedRunner:

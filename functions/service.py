@@ -243,5 +243,6 @@ def _load_stage(settings: StageSettings) -> Stage:
     location = checkpoint_location(settings.model)
     wait_for_checkpoint(location, settings.model_wait_s)
     checkpoint = open_checkpoint(location)
-    runner = load_runner(checkpoint, settings.blocks, settings.torch_dtype(checkpoint, device), device)
+    dtype = settings.torch_dtype(checkpoint, device)
+    runner = load_runner(checkpoint, settings.blocks, dtype, device, settings.quantize)
     return Stage(runner, settings.kv_budget_bytes(device))

@@ -16,6 +16,7 @@ from functions.claims import Claims
 from functions.contract.checkpoint import Checkpoint
 from functions.contract.location import default_wait_s
 from functions.contract.spans import BlockSpan
+from functions.quantize import Quantization
 
 _CPU_KV_BYTES_MAX = 4 << 30
 _CPU_KV_SHARE = 0.25
@@ -41,6 +42,7 @@ class StageSettings(BaseSettings):
     plan: str = Field("", description="digest of the plan; events of another plan are refused")
     model_name: str = "model"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Quantization = Field("none", description="int8: linear layers with weights of 8 bits")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     kv_bytes_max: int | None = Field(None, gt=0, description="bytes; default a share of free memory")
     kv_share: float = Field(

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from functions.attention import Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
 from functions.contract.spans import BlockSpan
+from functions.quantize import Quantization, quantise
 from functions.weights import load_weights
 
 # settings of architectures whose later blocks need more than the hidden states of the one before
@@ -182,7 +183,12 @@ class SpanModel:
 
 
 def load_span(
-    checkpoint: Checkpoint, span: BlockSpan, dtype: torch.dtype, device: torch.device, attention: str | None = None
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | None = None,
+    quantization: Quantization = "none",
 ) -> SpanModel:
     """The span, ready to run. `attention` names a registered attention function, None is the model's own choice.
 
@@ -191,7 +197,8 @@ def load_span(
         raise CheckpointError(f"blocks {span} were asked for, the model has {checkpoint.block_count}")
     with _quiet():
         cut = _cut(_build(checkpoint, dtype, attention), checkpoint, span)
-        load_weights(cut, checkpoint, dtype, device)
+        quantise(cut, quantization, device, checkpoint.location)
+        load_weights(cut, checkpoint, dtype, device, one_by_one=quantization != "none")
     cut.model.eval()
     return SpanModel(cut, device, dtype)
 

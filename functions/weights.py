@@ -6,8 +6,10 @@ releases, prefixes); this module only decides which tensors it gets to see, and 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,7 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 class LazyTensor:
@@ -48,8 +51,12 @@ class LazyTensor:
         return list(self._info.shape)
 
 
-def load_weights(cut: Cut, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-    """Fills the cut model on `device`. Raises CheckpointError that names missing or misshapen tensors."""
+def load_weights(
+    cut: Cut, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, one_by_one: bool = False
+) -> None:
+    """Fills the cut model on `device`. Raises CheckpointError that names missing or misshapen tensors.
+
+    With `one_by_one` a tensor is read when the one before is in its place: for layers that keep less than they get."""
     model = cut.model
     config = LoadStateDictConfig(
         device_map={"": device},
@@ -57,9 +64,9 @@ def load_weights(cut: Cut, checkpoint: Checkpoint, dtype: torch.dtype, device: t
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
     )
-    info, _ = convert_and_load_state_dict_in_model(
-        model, {name: LazyTensor(checkpoint, tensor) for name, tensor in _wanted(cut, checkpoint)}, config
-    )
+    tensors = {name: LazyTensor(checkpoint, tensor) for name, tensor in _wanted(cut, checkpoint)}
+    with _no_reading_ahead() if one_by_one else nullcontext():
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
     if info.conversion_errors:
         raise CheckpointError(f"{checkpoint.location}: cannot convert {'; '.join(map(str, info.conversion_errors))}")
     if info.mismatched_keys:
@@ -69,6 +76,20 @@ def load_weights(cut: Cut, checkpoint: Checkpoint, dtype: torch.dtype, device: t
             f"{list(expected)}"
         )
     _finish(cut, checkpoint, info.missing_keys, device)
+
+
+@contextmanager
+def _no_reading_ahead() -> Iterator[None]:
+    """Transformers' loader has threads that read ahead as far as they come, unless this variable is set."""
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
 
 
 def _wanted(cut: Cut, checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
@@ -106,6 +127,11 @@ def _finish(cut: Cut, checkpoint: Checkpoint, missing: set[str], device: torch.d
     if cut.ends.whole:
         model.tie_weights(missing_keys=missing, recompute_mapping=False)
         missing = missing - set(model.all_tied_weights_keys)
+        if not model.get_input_embeddings().weight.is_floating_point():
+            raise CheckpointError(
+                f"{checkpoint.location} has only the head where embedding and head share a matrix, so it cannot be "
+                "quantised; serve it without --quantize"
+            )
     missing = {name for name in missing if not _ignorable(model, name)}
     if missing:
         shown = ", ".join(_original(cut, name) for name in sorted(missing)[:5])

@@ -32,10 +32,11 @@ from orchestrator.plan_reader import PlanReader, kind_of, listed, scalar
 
 VERSION = 1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8")
 FILE_BYTES_MAX = 1 << 20
 BLOCKS_MAX = 1_000_000  # more than any model has; keeps a slip of the finger out of later sums
 
-_KEYS = ("version", "name", "model", "dtype", "blocks", "fingerprint", "stages")
+_KEYS = ("version", "name", "model", "dtype", "quantize", "blocks", "fingerprint", "stages")
 _REQUIRED = ("version", "name", "model", "stages")
 _STAGE_KEYS = ("blocks", "cost", "profile")
 _SPAN_FORM = 'blocks must be "START:END" (half-open, counted from 0), such as "0:6"'
@@ -66,12 +67,14 @@ class Plan:
     dtype: str = "auto"
     block_count: int | None = None
     fingerprint: str | None = None
+    quantize: str = "none"
 
     def __post_init__(self) -> None:
         problem = (
             _text_problem("model", self.model)
             or _text_problem("name", self.name)
             or _dtype_problem(self.dtype)
+            or _quantize_problem(self.quantize)
             or _fingerprint_problem(self.fingerprint)
         )
         if problem:
@@ -81,10 +84,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """16 hex digits; equal for two plans whose stages fit together: same model, dtype and spans.
+        """16 hex digits; equal for two plans whose stages fit together: same model, dtype, quantisation and
+        spans.
 
         The model counts by its fingerprint, so moving a checkpoint changes nothing; without one, by its name."""
         facts = [self.fingerprint or self.model, self.dtype, [str(stage.blocks) for stage in self.stages]]
+        if self.quantize != "none":
+            facts.append(self.quantize)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -131,11 +137,12 @@ def parse_plan(text: str, source: str = "plan.yaml") -> Plan:
     version = reader.whole_number(entries["version"], "version", BLOCKS_MAX)
     if version != VERSION:
         reader.fail(entries["version"], f"version {version} is not known; this release reads version {VERSION}")
-    values: dict[str, str] = {"dtype": "auto"}
+    values: dict[str, str] = {"dtype": "auto", "quantize": "none"}
     for key, problem in (("name", _text_problem), ("model", _text_problem)):
         values[key] = reader.text(entries[key], key)
         reader.fail_if(entries[key], problem(key, values[key]))
-    for key, check in (("dtype", _dtype_problem), ("fingerprint", _fingerprint_problem)):
+    checks = {"dtype": _dtype_problem, "quantize": _quantize_problem, "fingerprint": _fingerprint_problem}
+    for key, check in checks.items():
         if key in entries:
             values[key] = reader.text(entries[key], key)
             reader.fail_if(entries[key], check(values[key]))
@@ -145,7 +152,10 @@ def parse_plan(text: str, source: str = "plan.yaml") -> Plan:
     nodes, stages = _stages(reader, entries["stages"])
     for index, problem_text in _span_problems([stage.blocks for stage in stages], count):
         reader.fail(nodes[index], problem_text)
-    return Plan(values["model"], values["name"], tuple(stages), values["dtype"], count, values.get("fingerprint"))
+    return Plan(
+        values["model"], values["name"], tuple(stages), values["dtype"], count, values.get("fingerprint"),
+        values["quantize"],
+    )  # fmt: skip
 
 
 def dump_plan(plan: Plan, summary: Sequence[str] | None = None) -> str:
@@ -159,6 +169,8 @@ def dump_plan(plan: Plan, summary: Sequence[str] | None = None) -> str:
         f"model: {scalar(plan.model)}  # a folder (./ is this file's), a URL, a hub id (owner/name@revision), or demo",
         f"dtype: {scalar(plan.dtype)}  # {' | '.join(DTYPES)}; auto: as the checkpoint says, on CPUs float32",
     ]
+    if plan.quantize != "none":
+        lines.append(f"quantize: {plan.quantize}  # {' | '.join(QUANTIZATIONS)}; of linear layers and the head")
     if plan.block_count is not None:
         lines.append(f"blocks: {plan.block_count}  # of the whole model")
     if plan.fingerprint is not None:
@@ -246,6 +258,10 @@ def _text_problem(what: str, value: str) -> str | None:
 
 def _dtype_problem(value: str) -> str | None:
     return None if value in DTYPES else f"dtype must be one of {listed(DTYPES)}, got {value!r}"
+
+
+def _quantize_problem(value: str) -> str | None:
+    return None if value in QUANTIZATIONS else f"quantize must be one of {listed(QUANTIZATIONS)}, got {value!r}"
 
 
 def _fingerprint_problem(value: str | None) -> str | None:

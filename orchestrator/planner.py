@@ -27,6 +27,7 @@ from orchestrator.plan import Plan, PlanError, StageSpec
 
 KV_TOKENS = 8192  # the reserve of plan_by_memory, unless told otherwise
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+_SCALE_BYTES = 4  # of a row of a matrix of int8
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _UNITS = {
@@ -82,8 +83,9 @@ class ModelCost:
         return tuple(accumulate(self.blocks, initial=Cost()))
 
 
-def model_cost(checkpoint: Checkpoint, dtype: str = "auto") -> ModelCost:
-    """Costs when loaded as `dtype` (auto: as config.json says). Raises CheckpointError that names what is missing.
+def model_cost(checkpoint: Checkpoint, dtype: str = "auto", quantize: str = "none") -> ModelCost:
+    """Costs when loaded as `dtype` (auto: as config.json says), with `quantize` the matrices of the blocks and the head
+    as int8 with a scale a row. Raises CheckpointError that names what is missing.
 
     Estimates where headers do not tell: tensors with several values to an item (4-bit weights) count as items, and
     the KV cache of latent attention (MLA) counts as full keys and values, which is how Transformers caches it."""
@@ -94,15 +96,20 @@ def model_cost(checkpoint: Checkpoint, dtype: str = "auto") -> ModelCost:
     embedding = _token_embedding(checkpoint, beside)
     before = [info for info in beside if _EMBEDDING.search(info.name) and not _HEAD.search(info.name)]
     after = [info for info in beside if info not in before]
-    after_cost = _cost(after, item_bytes)
+    int8 = quantize == "int8"
+    after_cost = _cost(after, item_bytes, int8=_is_head if int8 else _never)
     tied = Cost()
     if not any(_HEAD.search(info.name) for info in after):
-        shared = _cost([embedding], item_bytes)
-        # one matrix serves both ends, but arithmetic is done where the head is
-        after_cost, tied = after_cost + shared, Cost(shared.parameters, shared.weight_bytes)
+        shared = _cost([embedding], item_bytes, int8=_is_matrix if int8 else _never)
+        # one matrix serves both ends, but arithmetic is done where the head is; quantised, the head has one of its own
+        same_bytes = 0 if int8 else shared.weight_bytes
+        after_cost, tied = after_cost + shared, Cost(shared.parameters, same_bytes)
     lookups = _cost(before, item_bytes)
     return ModelCost(
-        tuple(_cost(tensors, item_bytes, share) + Cost(kv_bytes_per_token=kv_bytes) for tensors in blocks),
+        tuple(
+            _cost(tensors, item_bytes, share, _is_linear if int8 else _never) + Cost(kv_bytes_per_token=kv_bytes)
+            for tensors in blocks
+        ),
         Cost(lookups.parameters, lookups.weight_bytes),  # looking up is no arithmetic
         after_cost,
         tied,
@@ -110,7 +117,13 @@ def model_cost(checkpoint: Checkpoint, dtype: str = "auto") -> ModelCost:
 
 
 def plan_by_stages(
-    checkpoint: Checkpoint, stages: int, *, dtype: str = "auto", name: str | None = None, model: str | None = None
+    checkpoint: Checkpoint,
+    stages: int,
+    *,
+    dtype: str = "auto",
+    quantize: str = "none",
+    name: str | None = None,
+    model: str | None = None,
 ) -> Plan:
     """The split into `stages` whose largest stage is smallest; among equals the one with the most even spans.
 
@@ -122,8 +135,8 @@ def plan_by_stages(
             f"{checkpoint.location} has {count} block{'s' if count != 1 else ''}, so it can be cut into 1 to {count} "
             f"stages, not into {stages}"
         )
-    cost = model_cost(checkpoint, dtype)
-    return _plan(checkpoint, cost, split(_sizes(cost), stages), dtype, name, model)
+    cost = model_cost(checkpoint, dtype, quantize)
+    return _plan(checkpoint, cost, split(_sizes(cost), stages), dtype, quantize, name, model)
 
 
 def plan_by_memory(
@@ -132,6 +145,7 @@ def plan_by_memory(
     *,
     kv_tokens: int = KV_TOKENS,
     dtype: str = "auto",
+    quantize: str = "none",
     name: str | None = None,
     model: str | None = None,
 ) -> Plan:
@@ -139,7 +153,7 @@ def plan_by_memory(
 
     Among these the split is balanced like that of `plan_by_stages`. Activations, and what a process needs anyway, are
     not counted. Raises PlanError that names the smallest memory that would do, and CheckpointError."""
-    cost = model_cost(checkpoint, dtype)
+    cost = model_cost(checkpoint, dtype, quantize)
     count = len(cost.blocks)
 
     @cache
@@ -150,7 +164,7 @@ def plan_by_memory(
     if max(alone) > memory_bytes:
         raise PlanError(_too_small(checkpoint, alone, memory_bytes, kv_tokens))
     lengths = split(_sizes(cost), _fewest(count, fits), fits)
-    return _plan(checkpoint, cost, lengths, dtype, name, model)
+    return _plan(checkpoint, cost, lengths, dtype, quantize, name, model)
 
 
 def needed_bytes(cost: Cost, kv_tokens: int) -> int:
@@ -300,7 +314,13 @@ def _sizes(cost: ModelCost) -> list[int]:
 
 
 def _plan(
-    checkpoint: Checkpoint, cost: ModelCost, lengths: Iterable[int], dtype: str, name: str | None, model: str | None
+    checkpoint: Checkpoint,
+    cost: ModelCost,
+    lengths: Iterable[int],
+    dtype: str,
+    quantize: str,
+    name: str | None,
+    model: str | None,
 ) -> Plan:
     ends = list(accumulate(lengths))
     spans = [BlockSpan(start, end) for start, end in zip([0, *ends], ends, strict=False)]
@@ -312,6 +332,7 @@ def _plan(
         dtype,
         ends[-1],
         fingerprint(checkpoint),
+        quantize,
     )
 
 
@@ -364,14 +385,39 @@ def _token_embedding(checkpoint: Checkpoint, beside: Iterable[TensorInfo]) -> Te
     )
 
 
-def _cost(tensors: Iterable[TensorInfo], item_bytes: int, expert_share: float = 1.0) -> Cost:
+def _never(info: TensorInfo) -> bool:
+    return False
+
+
+def _is_matrix(info: TensorInfo) -> bool:
+    return len(info.shape) == 2 and info.dtype in _CAST
+
+
+def _is_head(info: TensorInfo) -> bool:
+    return _is_matrix(info) and bool(_HEAD.search(info.name))
+
+
+def _is_linear(info: TensorInfo) -> bool:
+    """Whether a tensor of a block is the weight of a linear layer. Experts are loaded as one packed tensor."""
+    return _is_matrix(info) and info.name.endswith(".weight") and "experts" not in info.name.split(".")
+
+
+def _cost(
+    tensors: Iterable[TensorInfo],
+    item_bytes: int,
+    expert_share: float = 1.0,
+    int8: Callable[[TensorInfo], bool] = _never,
+) -> Cost:
     parameters = weight_bytes = 0
     active = 0.0
     for info in tensors:
         count = math.prod(info.shape)
         parameters += count
         # whole numbers and 8-bit floats are packed weights or their scales: they are loaded as they are stored
-        weight_bytes += count * (item_bytes if info.dtype in _CAST else ITEM_BYTES[info.dtype])
+        if int8(info):
+            weight_bytes += count + _SCALE_BYTES * info.shape[0]
+        else:
+            weight_bytes += count * (item_bytes if info.dtype in _CAST else ITEM_BYTES[info.dtype])
         active += count * (expert_share if "experts" in info.name.split(".") else 1.0)
     return Cost(parameters, weight_bytes, 0, 2 * round(active))
 

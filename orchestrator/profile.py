@@ -85,7 +85,7 @@ async def _profile_stage(plan: Plan, index: int, location: str, options: Profile
             raise ProfileError(f"stage {index}: {error}") from None
         return StageProfile(
             device=_device_text(info.device, options.threads),
-            dtype=info.dtype,
+            dtype=info.dtype if plan.quantize == "none" else f"{info.dtype}, {plan.quantize} weights",
             measured=date.today().isoformat(),
             load_s=_rounded(load_s),
             decode_s=decode_s,
@@ -265,6 +265,7 @@ def _environment(plan: Plan, index: int, location: str, options: ProfileOptions)
         "STAGE_COUNT": str(len(plan.stages)),
         "STAGE_PLAN": plan.digest,
         "STAGE_DTYPE": options.dtype,
+        "STAGE_QUANTIZE": plan.quantize,
         "STAGE_DEVICE": options.device,
         "STAGE_THREADS": str(options.threads),
     }

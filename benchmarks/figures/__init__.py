@@ -14,6 +14,7 @@ from benchmarks.figures import (
     mixed,
     path,
     prefill,
+    quantize,
     slow,
     startup,
     throughput,
@@ -36,4 +37,5 @@ FIGURES: dict[str, Measure] = {
     "events": events.measure,
     "batch": batch.measure,
     "memory": memory.measure,
+    "quantize": quantize.measure,
 }

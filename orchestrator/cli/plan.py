@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.planner import ModelCost
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8"]
 
 
 def plan(
@@ -35,6 +36,7 @@ def plan(
         typer.Option(min=0, help="With --memory-per-stage: room for the KV cache of so many tokens. [default: 8192]"),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and arithmetic; auto: as the checkpoint says.")] = "auto",
+    quantize: Annotated[Quantize, typer.Option(help="Weights of linear layers and the head as int8.")] = "none",
     name: Annotated[str | None, typer.Option(help="Name that clients use; by default from MODEL.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this YAML file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o overwrite a file.")] = False,
@@ -64,7 +66,9 @@ def plan(
         fail(f"{output} exists already; choose another file, or overwrite it with --force", 2)
     memory_bytes = None if memory_per_stage is None else _bytes(memory_per_stage)
     with _readable_errors():
-        chosen, cost = _make(model, stages, memory_bytes, kv_tokens, dtype, name, output)
+        chosen, cost = _make(
+            model, stages, memory_bytes, kv_tokens, {"dtype": dtype, "quantize": quantize}, name, output
+        )
     if output is not None:
         _write(output, chosen, cost, force)
     if as_json:
@@ -80,7 +84,7 @@ def _make(
     stages: int | None,
     memory_bytes: int | None,
     kv_tokens: int | None,
-    dtype: str,
+    loaded_as: dict[str, str],
     name: str | None,
     output: Path | None,
 ) -> tuple[Plan, ModelCost]:
@@ -89,14 +93,14 @@ def _make(
     from orchestrator.planner import KV_TOKENS, model_cost, plan_by_memory, plan_by_stages
 
     found, checkpoint = open_model(model)
-    options: dict[str, Any] = {"dtype": dtype, "name": name or found.name, "model": _as_written(model, output)}
+    options: dict[str, Any] = {**loaded_as, "name": name or found.name, "model": _as_written(model, output)}
     if memory_bytes is not None:
         tokens = KV_TOKENS if kv_tokens is None else kv_tokens
         made = plan_by_memory(checkpoint, memory_bytes, kv_tokens=tokens, **options)
     else:
         assert stages is not None  # checked where the options are
         made = plan_by_stages(checkpoint, stages, **options)
-    return made, model_cost(checkpoint, dtype)
+    return made, model_cost(checkpoint, **loaded_as)
 
 
 def _as_written(model: str, output: Path | None) -> str:
@@ -155,6 +159,7 @@ def _facts(plan: Plan, cost: ModelCost) -> dict[str, Any]:
         "model": plan.model,
         "name": plan.name,
         "dtype": plan.dtype,
+        "quantize": plan.quantize,
         "block_count": plan.block_count,
         "fingerprint": plan.fingerprint,
         "digest": plan.digest,

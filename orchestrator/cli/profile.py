@@ -135,7 +135,7 @@ def _open(path: Path) -> tuple[str, Plan, ModelCost, str]:
     checkpoint = open_checkpoint(location)
     check_index(checkpoint)
     check_plan(found, checkpoint)
-    return text, parse_plan(text, str(path)), model_cost(checkpoint, found.dtype), location
+    return text, parse_plan(text, str(path)), model_cost(checkpoint, found.dtype, found.quantize), location
 
 
 def _measure(plan: Plan, location: str, options: ProfileOptions) -> tuple[StageProfile, ...]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.render.deployment import Deployment
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # a plan may say no others
+Quantize = Literal["none", "int8"]
 T = TypeVar("T")
 
 PLATFORM_LOG = "platform.log"  # why the autoscaler decides what, as JSON lines
@@ -85,6 +86,9 @@ def up(
         int, typer.Option(min=0, max=65535, help="Port of the platform's metrics; 0 takes any free one.")
     ] = 0,
     dtype: Annotated[Dtype | None, typer.Option(help="Of weights and arithmetic; auto: as stored.")] = None,
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="int8: weights of linear layers and the head in 8 bits.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
         int | None,
@@ -145,7 +149,7 @@ def up(
 
     if leave and prompt is None:
         fail("--exit needs --prompt: what should be done before the exit?", 2)
-    chosen = _plan(model, stages, plan, name, dtype)
+    chosen = _plan(model, stages, plan, name, dtype, quantize)
     per_stage = threads or default_threads(len(chosen.stages))
     most = max(min_scale, max_scale or default_replicas(len(chosen.stages), per_stage))
     if max_scale is not None and max_scale < min_scale:
@@ -355,7 +359,14 @@ async def _answer(deployment: Deployment, platform: Platform, urls: Urls, prompt
     note(tally.line())
 
 
-def _plan(model: str | None, stages: int | None, plan_file: Path | None, name: str | None, dtype: str | None) -> Plan:
+def _plan(
+    model: str | None,
+    stages: int | None,
+    plan_file: Path | None,
+    name: str | None,
+    dtype: str | None,
+    quantize: str | None,
+) -> Plan:
     """The plan that the options ask for. Ends the command when they contradict each other or the model."""
     from functions.contract.checkpoint import CheckpointError
     from orchestrator.model_source import ModelSourceError
@@ -368,14 +379,16 @@ def _plan(model: str | None, stages: int | None, plan_file: Path | None, name: s
         source = model or (given.model if given is not None else None)
         if source is None:
             fail("name a MODEL: a folder with a checkpoint, a hub id such as owner/name, or demo", 2)
-        return _fitted(source, given, stages or 1, name, dtype)
+        return _fitted(source, given, stages or 1, name, dtype, quantize)
     except PlanError as error:
         fail(str(error), 2)
     except (CheckpointError, ModelSourceError) as error:
         fail(str(error))
 
 
-def _fitted(model: str, given: Plan | None, stages: int, name: str | None, dtype: str | None) -> Plan:
+def _fitted(
+    model: str, given: Plan | None, stages: int, name: str | None, dtype: str | None, quantize: str | None
+) -> Plan:
     """A plan whose model is a place that stages can read. Raises PlanError, CheckpointError and ModelSourceError."""
     from functions.contract.checkpoint import open_checkpoint
     from orchestrator.model_source import check_index, resolve_model
@@ -385,10 +398,16 @@ def _fitted(model: str, given: Plan | None, stages: int, name: str | None, dtype
     checkpoint = open_checkpoint(source.location)
     check_index(checkpoint)
     if given is None:
-        options = {"dtype": dtype or "auto", "name": name or source.name, "model": source.location}
-        return plan_by_stages(checkpoint, stages, **options)
+        options = {"dtype": dtype or "auto", "quantize": quantize or "none", "model": source.location}
+        return plan_by_stages(checkpoint, stages, name=name or source.name, **options)
     check_plan(given, checkpoint)
-    return replace(given, model=source.location, name=name or given.name, dtype=dtype or given.dtype)
+    return replace(
+        given,
+        model=source.location,
+        name=name or given.name,
+        dtype=dtype or given.dtype,
+        quantize=quantize or given.quantize,
+    )
 
 
 def _bytes(option: str, text: str) -> int:

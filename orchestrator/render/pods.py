@@ -168,6 +168,7 @@ def stage_environment(what: Deployment, index: int, budget: Budget) -> dict[str,
         "STAGE_COUNT": str(len(plan.stages)),
         "STAGE_PLAN": plan.digest,
         "STAGE_DTYPE": plan.dtype,
+        **({} if plan.quantize == "none" else {"STAGE_QUANTIZE": plan.quantize}),
         "STAGE_DEVICE": what.device,
         "STAGE_THREADS": str(what.threads_per_stage),
         **kv,
@@ -229,6 +230,12 @@ def loaded_cost(what: Deployment, cost: Cost) -> Cost:
     """A plan counts bytes in the type of the checkpoint; without a GPU, dtype auto loads and caches float32."""
     if what.gpu is not None or what.plan.dtype != "auto" or not cost.weight_bytes:
         return cost
+    if what.plan.quantize != "none":
+        # int8 stays; the rest, which cannot be more halves than there are bytes beyond one a parameter, becomes float32
+        beyond = max(0, cost.weight_bytes - cost.parameters) if cost.parameters else cost.weight_bytes
+        return replace(
+            cost, weight_bytes=cost.weight_bytes + 2 * beyond, kv_bytes_per_token=2 * cost.kv_bytes_per_token
+        )
     # twice where the plan does not say how many parameters there are: most checkpoints hold halves
     weight_bytes = max(cost.weight_bytes, 4 * cost.parameters or 2 * cost.weight_bytes)
     kv_bytes_per_token = cost.kv_bytes_per_token * weight_bytes // cost.weight_bytes

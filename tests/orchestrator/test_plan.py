@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from functions.contract.spans import BlockSpan
 from orchestrator.cost import Cost, StageProfile
-from orchestrator.plan import DTYPES, Plan, PlanError, StageSpec, dump_plan, load_plan, locate_model, parse_plan
+from orchestrator.plan import (
+    DTYPES,
+    QUANTIZATIONS,
+    Plan,
+    PlanError,
+    StageSpec,
+    dump_plan,
+    load_plan,
+    locate_model,
+    parse_plan,
+)
 
 GOOD = """\
 version: 1
@@ -68,6 +78,7 @@ def plans(draw: st.DrawFn) -> Plan:
         draw(st.sampled_from(DTYPES)),
         draw(st.sampled_from([None, borders[-1]])),
         draw(st.sampled_from([None, "0123456789abcdef", "1234567890123456", "12345678901234e5"])),
+        draw(st.sampled_from(QUANTIZATIONS)),
     )
 
 
@@ -104,6 +115,16 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
 def test_what_may_be_left_out_has_defaults() -> None:
     plan = parse_plan('version: 1\nname: a\nmodel: b\nstages: [{blocks: "0:2"}]\n')
     assert plan == Plan("b", "a", stages(0, 2), "auto", None, None)
+
+
+def test_quantisation_is_a_line_of_its_own_and_makes_another_digest() -> None:
+    plan = parse_plan(GOOD)
+    quantised = parse_plan(GOOD.replace("blocks: 6", "quantize: int8\nblocks: 6"))
+    assert (plan.quantize, quantised.quantize) == ("none", "int8")
+    assert plan.digest != quantised.digest
+    assert "quantize" not in dump_plan(plan), "as earlier releases wrote it"
+    with pytest.raises(PlanError, match=r"plan.yaml:5: quantize must be one of .*none.*int8, got 'int4'"):
+        parse_plan(GOOD.replace("blocks: 6", "quantize: int4\nblocks: 6"))
 
 
 def test_the_file_is_commented_for_people() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from functions.contract.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
 from functions.contract.spans import BlockSpan
+from functions.span_model import load_span
 from orchestrator.cost import Cost
 from orchestrator.plan import Plan, PlanError
 from orchestrator.planner import (
@@ -152,6 +155,21 @@ def test_bytes_follow_the_dtype(saved: Any) -> None:
     full, half = model_cost(checkpoint, "float32"), model_cost(checkpoint, "float16")
     assert full.whole.weight_bytes == 2 * half.whole.weight_bytes
     assert model_cost(checkpoint, "auto") == full, "as it was saved"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "mixtral", "phi3"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_int8_is_counted_as_stages_hold_it(kind: str, stages: int, saved: Any) -> None:
+    checkpoint = saved(kind)[0]
+    for stage in plan_by_stages(checkpoint, stages, dtype="float32", quantize="int8").stages:
+        loaded = load_span(checkpoint, stage.blocks, torch.float32, torch.device("cpu"), quantization="int8")
+        assert stage.cost is not None
+        assert stage.cost.weight_bytes == pytest.approx(loaded.weight_bytes, rel=0.02), "norms outside the blocks"
+
+
+def test_int8_changes_neither_arithmetic_nor_caches(saved: Any) -> None:
+    plain, int8 = (model_cost(saved("llama")[0], "float32", quantize).whole for quantize in ("none", "int8"))
+    assert int8 == replace(plain, weight_bytes=int8.weight_bytes)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,15 @@ def test_json_is_one_object_that_adds_up(run: Run, tiny_checkpoint: Path) -> Non
     assert facts["name"] == tiny_checkpoint.name
 
 
+def test_int8_is_in_the_plan_and_in_its_figures(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = [tiny_checkpoint, "--stages", 2, "--dtype", "float32", "--json"]
+    plain, int8 = (json.loads(run(*options, *more).stdout) for more in ([], ["--quantize", "int8", "-o", "plan.yaml"]))
+    assert int8["quantize"] == load_plan(tmp_path / "plan.yaml").quantize == "int8"
+    assert int8["digest"] == load_plan(tmp_path / "plan.yaml").digest != plain["digest"]
+    assert all(b["weight_bytes"] < a["weight_bytes"] for a, b in zip(plain["stages"], int8["stages"], strict=True))
+    assert run(tiny_checkpoint, "--stages", 2, "--quantize", "int4").returncode == 2
+
+
 def test_the_file_is_a_plan_for_the_checkpoint(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = run(tiny_checkpoint, "--stages", 2, "-o", "plan.yaml", "--json")
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.cost import Cost
 from orchestrator.render.concurrency import concurrency
 from orchestrator.render.deployment import Deployment, Gpu
-from orchestrator.render.pods import stage_budget, stage_pod
+from orchestrator.render.pods import stage_budget, stage_environment, stage_pod
 
 Make = Callable[..., Deployment]
 
@@ -49,6 +49,19 @@ def test_on_a_cpu_weights_and_caches_are_counted_in_the_type_that_is_computed_in
     assert budget.memory_bytes is not None
     needed = weight_bytes + two_lanes + RUNTIME_BYTES
     assert needed <= budget.memory_bytes < needed + (256 << 20)
+
+
+def test_int8_weights_stay_what_they_are_on_a_cpu_and_all_else_becomes_float32(deployment: Make) -> None:
+    """1000 million parameters, of which 900 million are int8 and the rest halves."""
+    what = with_cost(deployment(), replace(HALVES, weight_bytes=1100 * MILLION))
+    what = replace(what, plan=replace(what.plan, quantize="int8"))
+    two_lanes = 2 * LANE_TOKENS * 2 * KV
+    budget = stage_budget(what, 0)
+    assert budget.memory_bytes is not None
+    needed = (900 + 4 * 100) * MILLION + two_lanes + RUNTIME_BYTES
+    assert needed <= budget.memory_bytes < needed + (256 << 20)
+    assert stage_environment(what, 0, budget)["STAGE_QUANTIZE"] == "int8"
+    assert "STAGE_QUANTIZE" not in stage_environment(deployment(), 0, budget)
 
 
 def test_the_caches_of_a_cpu_hold_as_many_lanes_as_its_comment_says(deployment: Make) -> None:
