@@ -45,6 +45,16 @@ FULL = (Size("10 KB", 1, 200), Size("16 MB", 1638, 20))
 QUICK = (Size("10 KB", 1, 5), Size("16 MB", 1638, 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Both sides, warm: the stage by the address of its replica, as a lane asks it from its second step on."""
+
+    session: aiohttp.ClientSession
+    client: StageClient
+    replica: str
+    echo_url: str
+
+
 async def measure(bench: Bench) -> list[Section]:
     model = await checkpoints.make(bench, "wide", checkpoints.WIDE)
     sizes = QUICK if bench.quick else FULL
@@ -55,8 +65,10 @@ async def measure(bench: Bench) -> list[Section]:
         (stage,) = await stack.enter_async_context(started)
         session = await stack.enter_async_context(_session())
         client = StageClient(session, INDEX, stage.url, PLAN)
-        await _wake(session, client)
-        figures = [figure for size in sizes for figure in await _compare(bench, size, session, client, echo_url)]
+        stack.callback(client.close)
+        replica = f"http://{(await client.wake(WAKE_TIMEOUT_S)).replica}/"
+        ways = Ways(session, client, replica, echo_url)
+        figures = [figure for size in sizes for figure in await _compare(bench, size, ways)]
     remarks = ["Time in the stage's block is taken off. Loopback; one connection, one request at a time."]
     return [Section("Hop: one step event to a stage and its reply", figures, remarks)]
 
@@ -65,19 +77,12 @@ def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300))
 
 
-async def _wake(session: aiohttp.ClientSession, client: StageClient) -> None:
-    """The port is open from the start on; the answer comes when the stage has loaded."""
-    await client.wake(WAKE_TIMEOUT_S)
-
-
-async def _compare(
-    bench: Bench, size: Size, session: aiohttp.ClientSession, client: StageClient, echo_url: str
-) -> list[Figure]:
+async def _compare(bench: Bench, size: Size, ways: Ways) -> list[Figure]:
     body = step_body(size.tokens)
 
     async def hop() -> float:
         started_s = time.perf_counter()
-        reply = await client.step(body, "bench", None, STEP_TIMEOUT_S)
+        reply = await ways.client.step(body, "bench", ways.replica, STEP_TIMEOUT_S)
         wall_s = time.perf_counter() - started_s
         if len(reply.data) < len(body) // 2:
             raise MeasureError(f"the stage answered {len(reply.data)} bytes to {len(body)}")
@@ -85,7 +90,7 @@ async def _compare(
 
     async def echo() -> float:
         started_s = time.perf_counter()
-        async with session.post(echo_url, data=body) as response:
+        async with ways.session.post(ways.echo_url, data=body) as response:
             content = await response.read()
         wall_s = time.perf_counter() - started_s
         if len(content) != len(body):
