@@ -24,6 +24,7 @@ from functions.contract.frames import Buffer
 from functions.service import TAKEN_TYPES, StageService
 
 _KNOWN_TYPES = frozenset(TAKEN_TYPES)
+_JOIN_BYTES_MAX = 64 << 10  # of a body whose parts are joined, which then takes less than to send them one by one
 _QUEUE_PROXY_PORT = 8012  # pkg/networking/constants.go
 # addresses for documentation (RFC 5737, RFC 3849): nobody has them, so the default route is chosen for them
 _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
@@ -31,18 +32,23 @@ _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an event is answered with; an ASGI app, as every response is. The parts of the body are sent from where
-    they lie. Status 499 is for nobody: who asked is gone."""
+    """What an event is answered with; an ASGI app, as every response is. Large parts of the body are sent from
+    where they lie. Status 499 is for nobody: who asked is gone."""
 
     status: int
     headers: Sequence[tuple[bytes, bytes]] = ()
     parts: Sequence[Buffer] = ()
 
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return sum(map(len, self.parts))
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = sum(map(len, self.parts))
+        size = self.size
         headers = [*self.headers, (b"content-length", b"%d" % size)]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        *others, last = self.parts or (b"",)
+        *others, last = self.parts if size > _JOIN_BYTES_MAX else (b"".join(self.parts),)
         for part in others:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": last, "more_body": False})
@@ -98,11 +104,12 @@ class Handler:
             return Answer(499)
         if reply is None:
             return Answer(200)  # to a broker: done, and there is no event to go on with
-        raw, data = events.to_raw(reply)
-        metrics.BODY_BYTES.labels("out").inc(len(data))
+        raw, parts = events.to_raw(reply)
         if status in (429, 503):
             raw.append((b"retry-after", b"1"))
-        return Answer(status, raw, (data,))
+        answer = Answer(status, raw, parts)
+        metrics.BODY_BYTES.labels("out").inc(answer.size)
+        return answer
 
 
 class _Disconnected(Exception):

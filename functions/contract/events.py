@@ -9,7 +9,7 @@ The SDK takes 0.09 ms for each of the four conversions of a hop, ours less than 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
@@ -38,7 +38,8 @@ _STANDARD = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event. `extensions` are our attributes: plan, stage, lane, step (requests); replica, computeus (replies)."""
+    """One event. `extensions` are our attributes: plan, stage, lane (requests); replica, computeus (replies). `rest` is
+    what follows `data`, for data that lie in several places and are sent from there."""
 
     type: str
     source: str
@@ -46,10 +47,11 @@ class Event:
     content_type: str
     data: Buffer
     extensions: Mapping[str, str] = field(default_factory=dict)
+    rest: Sequence[Buffer] = ()
 
 
 def to_http(event: Event) -> tuple[dict[str, str], Buffer]:
-    """Headers and body of the event in binary content mode."""
+    """Headers and body (of events that lie in one place) of the event in binary content mode."""
     headers = {"content-type": event.content_type} if event.content_type else {}
     headers |= {
         "ce-specversion": "1.0",
@@ -62,10 +64,10 @@ def to_http(event: Event) -> tuple[dict[str, str], Buffer]:
     return headers, event.data
 
 
-def to_raw(event: Event) -> tuple[list[tuple[bytes, bytes]], Buffer]:
-    """The same with headers as ASGI has them."""
-    headers, data = to_http(event)
-    return [(name.encode(), value.encode()) for name, value in headers.items()], data
+def to_raw(event: Event) -> tuple[list[tuple[bytes, bytes]], Sequence[Buffer]]:
+    """Headers as ASGI has them, and the parts of the body."""
+    headers = [(name.encode(), value.encode()) for name, value in to_http(event)[0].items()]
+    return headers, (event.data, *event.rest)
 
 
 def from_http_request(headers: Mapping[str, str], body: Buffer) -> Event:
