@@ -54,7 +54,8 @@ def test_the_interpreter_ends_when_the_work_has_ended(root: Path) -> None:
         "import asyncio, time\n"
         "from functions.compute_thread import ComputeThread\n"
         "def work():\n    time.sleep(0.3)\n    print('done', flush=True)\n"
-        "async def main():\n    asyncio.create_task(ComputeThread('compute').run(work))\n    await asyncio.sleep(0.05)\n"
+        "async def main():\n    asyncio.create_task(ComputeThread('compute').run(work))\n"
+        "    await asyncio.sleep(0.05)\n"
         "asyncio.run(main())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)

@@ -63,7 +63,7 @@ def test_we_read_events_of_the_sdk(event: Event) -> None:
 
 @given(st.dictionaries(names, words, max_size=6), some_events)
 def test_our_headers_are_the_sdks(extensions: dict[str, str], event: Event) -> None:
-    """Whatever the extensions are called, for values that need no percent-encoding, which the SDK leaves to its users."""
+    """Whatever the extensions are called. The SDK leaves percent-encoding to its users: values need none here."""
     event = replace(event, extensions=extensions)
     attributes = {"type": event.type, "source": event.source, "id": event.id, "datacontenttype": event.content_type}
     made = CloudEvent({**attributes, **extensions, "time": None}, b"")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -48,7 +48,7 @@ ERRORS = {"invalid": InvalidEvent("no"), "exhausted": KvExhausted("full"), "not 
 
 
 @pytest.fixture
-def apps() -> Iterator[tuple[Any, Any]]:
+def apps() -> tuple[Any, Any]:
     """(events first, the framework alone)."""
     handler = Handler(cast(Any, Stand()))
 
@@ -56,7 +56,7 @@ def apps() -> Iterator[tuple[Any, Any]]:
         return await handler(request)
 
     framework = create_asgi_app_from_module("stage", __file__, "http", SimpleNamespace(stage=stage), None)
-    yield _EventsFirst(handler, framework), framework
+    return _EventsFirst(handler, framework), framework
 
 
 def asked(**changed: str | None) -> dict[str, str]:
