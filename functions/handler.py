@@ -124,12 +124,10 @@ async def _read_body(headers: Mapping[str, str], receive: Receive, bytes_max: in
     if size is not None and size > bytes_max:
         raise EventTooLarge(f"the event has {size} bytes, this stage takes {bytes_max} (STAGE_BODY_BYTES_MAX)")
     chunk, more = await _next_chunk(receive)
-    if not more:
-        body: Buffer = bytearray(chunk)  # bytes would not do: torch wants what it could write to
-    elif size is not None:
-        body = await _collect(chunk, receive, size)
+    if more and size is not None:
+        body: Buffer = await _collect(chunk, receive, size)
     else:
-        body = await _stream(chunk, receive, bytes_max)
+        body = await _stream(chunk, more, receive, bytes_max)
     if not body and headers.get("ce-type") != events.WAKE and "ce-dataref" not in headers:
         raise InvalidEvent("the event has no data")
     metrics.BODY_BYTES.labels("in").inc(len(body))
@@ -147,15 +145,16 @@ async def _collect(chunk: bytes, receive: Receive, size: int) -> Buffer:
         chunk, more = await _next_chunk(receive)
 
 
-async def _stream(chunk: bytes, receive: Receive, bytes_max: int) -> Buffer:
-    """As many bytes as come. Raises EventTooLarge."""
-    body, more = bytearray(chunk), True
-    while more:
+async def _stream(chunk: bytes, more: bool, receive: Receive, bytes_max: int) -> Buffer:
+    """As many bytes as come; not as `bytes`, since torch wants what it could write to. Raises EventTooLarge."""
+    body = bytearray()
+    while True:
+        body += chunk
         if len(body) > bytes_max:
             raise EventTooLarge(f"the event is over {bytes_max} bytes (STAGE_BODY_BYTES_MAX)")
+        if not more:
+            return body
         chunk, more = await _next_chunk(receive)
-        body += chunk
-    return body
 
 
 async def _next_chunk(receive: Receive) -> tuple[bytes, bool]:
