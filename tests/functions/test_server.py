@@ -40,8 +40,8 @@ class Stand:
         if wanted in ERRORS:
             raise ERRORS[wanted]
         extensions = {"replica": replica, "computeus": "5"}
-        reply = Event(events.STEPPED, f"/s{path}", f"{event.id}.reply", events.TENSORS, event.data, extensions)
-        return Event(*(getattr(reply, name) for name in Event.__slots__[:-1]), rest=[b"more", LARGE])
+        rest = [b"more", LARGE]
+        return Event(events.STEPPED, f"/s{path}", f"{event.id}.reply", events.TENSORS, event.data, extensions, rest)
 
 
 ERRORS = {"invalid": InvalidEvent("no"), "exhausted": KvExhausted("full"), "not ready": NotReady("not yet")}
