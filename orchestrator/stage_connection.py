@@ -118,14 +118,16 @@ class _Connection(asyncio.BufferedProtocol):
         reply: asyncio.Future[Reply] = self._loop.create_future()
         self._reply, self._received = reply, 0
         start = head.encode("latin-1")
-        if len(body) <= HEAD_BYTES_MAX:
-            self._transport.write(b"".join((start, body)))
-        else:
-            self._transport.write(start)
-            await self._write(body, reply)
-        answer = await reply
-        self._reply = None  # it may be large, and the connection may rest for long
-        return answer
+        try:
+            if len(body) <= HEAD_BYTES_MAX:
+                self._transport.write(b"".join((start, body)))
+            else:
+                self._transport.write(start)
+                await self._write(body, reply)
+            return await reply
+        finally:
+            reply.cancel()  # of one that was not awaited to the end
+            self._reply = None  # it may be large, and the connection may rest for long
 
     async def _write(self, body: Buffer, reply: asyncio.Future[Reply]) -> None:
         """Piece by piece, until the reply is there: a stage refuses what is too large before it has read it."""
