@@ -8,7 +8,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar
 
@@ -122,7 +122,7 @@ class StageService:
         metrics.TOKENS.inc(len(step.tokens))
         extra = {"computeus": str(round(compute_s * 1e6))}
         data, *rest = answer.to_body()
-        return dataclasses.replace(self._reply(event, events.STEPPED, data, replica, events.TENSORS, extra), rest=rest)
+        return self._reply(event, events.STEPPED, data, replica, events.TENSORS, extra, rest)
 
     def _compute_step(self, stage: Stage, step: Step, arrived_s: float) -> tuple[Step | Samples, float]:
         started_s = time.perf_counter()
@@ -222,9 +222,10 @@ class StageService:
         replica: str,
         content_type: str = events.JSON,
         extra: Mapping[str, str] | None = None,
+        rest: Sequence[Buffer] = (),
     ) -> Event:
         source = f"/stagecraft/{self.settings.model_name}/stages/{self.settings.index}/{replica}"
-        return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})})
+        return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})}, rest)
 
 
 def _settle(loading: Future[Stage], outcome: Stage | Exception) -> None:
