@@ -61,8 +61,8 @@ def serve(fd: int | None = None) -> int:
 class _EventsFirst:
     """An ASGI app that has the function's handler answer events, and gives all else to `app`, the framework's.
 
-    That would bring events to the same handler, through its middleware and a router; the way costs as much as a third
-    of a hop of 10 KB."""
+    That would bring events to the same handler, through its middleware and a router: 0.06 ms more on a hop of 10 KB
+    that takes 0.28 ms (2026-11-28, 2 CPU cores)."""
 
     def __init__(self, handler: Any, app: ASGIApp) -> None:
         self._handler = handler
