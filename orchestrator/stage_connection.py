@@ -1,9 +1,9 @@
 """Connections to replicas: HTTP/1.1 with no more than an event and its reply need.
 
 aiohttp serves every other request. By it a hop of 10 KB took 0.48 ms in place of 0.28 ms (2026-11-28, 2 CPU cores), and
-its read() and whole bodies cost a copy each. Here the reply is received into its final place, and the request is written from where it lies.
-What is left out is what a replica (a stage, or the queue-proxy before it) has no use for: TLS, proxies, redirects,
-cookies, compression, and replies without Content-Length, which are refused. Spec: RFC 9112.
+its read() and whole bodies cost a copy each. Here the reply is received into its final place, and the request is
+written from where it lies. What is left out is what a replica (a stage, or the queue-proxy before it) has no use for:
+TLS, proxies, redirects, cookies, compression, and replies without Content-Length, which are refused. Spec: RFC 9112.
 """
 
 from __future__ import annotations
