@@ -7,22 +7,51 @@ import functools
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from functions import metrics
 from functions.contract import events
 from functions.contract.errors import EventTooLarge, InvalidEvent, StageError
 from functions.contract.events import Event
+from functions.contract.frames import Buffer
 from functions.service import TAKEN_TYPES, StageService
 
 _KNOWN_TYPES = frozenset(TAKEN_TYPES)
+_JOIN_BYTES_MAX = 64 << 10  # of a body whose parts are joined, which then takes less than to send them one by one
 _QUEUE_PROXY_PORT = 8012  # pkg/networking/constants.go
 # addresses for documentation (RFC 5737, RFC 3849): nobody has them, so the default route is chosen for them
 _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an event is answered with; an ASGI app, as every response is. Large parts of the body are sent from
+    where they lie. Status 499 is for nobody: who asked is gone."""
+
+    status: int
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    parts: Sequence[Buffer] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body."""
+        return sum(map(len, self.parts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = self.size
+        headers = [*self.headers, (b"content-length", b"%d" % size)]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        *others, last = self.parts if size > _JOIN_BYTES_MAX else (b"".join(self.parts),)
+        for part in others:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 class Handler:
@@ -31,10 +60,10 @@ class Handler:
     def __init__(self, service: StageService) -> None:
         self._service = service
 
-    async def __call__(self, request: Request) -> Response:
+    async def __call__(self, request: Request) -> Response | Answer:
         self._service.start()  # in this process, which need not be the one that imported the function
         if request.method == "POST":
-            return await self._event(request)
+            return await self.event(request.scope, request.receive)
         if request.method not in ("GET", "HEAD"):
             return JSONResponse({"error": f"{request.method} is not supported; POST an event"}, 405)
         return self._page(request.url.path)
@@ -55,42 +84,85 @@ class Handler:
             return JSONResponse({"status": "loading"}, 503)
         return JSONResponse({"status": "ready", "blocks": str(self._service.settings.blocks)})
 
-    async def _event(self, request: Request) -> Response:
-        replica = replica_address(self._service.settings.replica, request)
-        kind = request.headers.get("ce-type", "")
+    async def event(self, scope: Scope, receive: Receive) -> Answer:
+        """The answer to a POST, told by ASGI's own words: this is the hot path."""
+        self._service.start()
+        replica = replica_address(self._service.settings.replica, scope.get("server"))
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        kind = headers.get("ce-type", "")
         kind = kind if kind in _KNOWN_TYPES else "unknown"  # a label must not grow with what people send
         event = None
         try:
-            body = await _read_body(request, self._service.settings.body_bytes_max)
-            event = events.from_http_request(request.headers, body)
-            reply, status = await self._service.answer(event, replica, request.url.path), 200
+            body = await _read_body(headers, receive, self._service.settings.body_bytes_max)
+            event = events.from_lower_case(headers, body)
+            reply, status = await self._service.answer(event, replica, scope["path"]), 200
             metrics.EVENTS.labels(kind, "ok").inc()
         except StageError as error:
             reply, status = _error_event(error, event, replica), error.status
             metrics.EVENTS.labels(kind, error.code).inc()
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+        except _Disconnected:
+            return Answer(499)
         if reply is None:
-            return Response()  # to a broker: done, and there is no event to go on with
-        headers, data = events.to_http(reply)
-        metrics.BODY_BYTES.labels("out").inc(len(data))
-        return Response(bytes(data), status, _with_retry(headers, status))
+            return Answer(200)  # to a broker: done, and there is no event to go on with
+        raw, parts = events.to_raw(reply)
+        if status in (429, 503):
+            raw.append((b"retry-after", b"1"))
+        answer = Answer(status, raw, parts)
+        metrics.BODY_BYTES.labels("out").inc(answer.size)
+        return answer
 
 
-async def _read_body(request: Request, bytes_max: int) -> bytearray:
-    """The whole body, refused as soon as it is known to be too large. Raises EventTooLarge, InvalidEvent."""
-    announced = request.headers.get("content-length")
-    if announced is not None and announced.isdecimal() and int(announced) > bytes_max:
-        raise EventTooLarge(f"the event has {announced} bytes, this stage takes {bytes_max} (STAGE_BODY_BYTES_MAX)")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > bytes_max:
-            raise EventTooLarge(f"the event is over {bytes_max} bytes (STAGE_BODY_BYTES_MAX)")
-    if not body and request.headers.get("ce-type") != events.WAKE and "ce-dataref" not in request.headers:
+class _Disconnected(Exception):
+    """The client has gone before its event was whole."""
+
+
+async def _read_body(headers: Mapping[str, str], receive: Receive, bytes_max: int) -> Buffer:
+    """The whole body, refused as soon as it is known to be too large. Raises EventTooLarge, InvalidEvent,
+    _Disconnected."""
+    announced = headers.get("content-length", "")
+    size = int(announced) if announced.isdecimal() else None
+    if size is not None and size > bytes_max:
+        raise EventTooLarge(f"the event has {size} bytes, this stage takes {bytes_max} (STAGE_BODY_BYTES_MAX)")
+    chunk, more = await _next_chunk(receive)
+    if more and size is not None:
+        body: Buffer = await _collect(chunk, receive, size)
+    else:
+        body = await _stream(chunk, more, receive, bytes_max)
+    if not body and headers.get("ce-type") != events.WAKE and "ce-dataref" not in headers:
         raise InvalidEvent("the event has no data")
     metrics.BODY_BYTES.labels("in").inc(len(body))
     return body
+
+
+async def _collect(chunk: bytes, receive: Receive, size: int) -> Buffer:
+    """`size` bytes, each put where it stays. The memory is not filled with zeros before, as a bytearray's would be."""
+    body, at, more = np.empty(size, dtype=np.uint8).data, 0, True
+    while True:
+        body[at : at + len(chunk)] = chunk
+        at += len(chunk)
+        if not more:
+            return body[:at]
+        chunk, more = await _next_chunk(receive)
+
+
+async def _stream(chunk: bytes, more: bool, receive: Receive, bytes_max: int) -> Buffer:
+    """As many bytes as come; not as `bytes`, since torch wants what it could write to. Raises EventTooLarge."""
+    body = bytearray()
+    while True:
+        body += chunk
+        if len(body) > bytes_max:
+            raise EventTooLarge(f"the event is over {bytes_max} bytes (STAGE_BODY_BYTES_MAX)")
+        if not more:
+            return body
+        chunk, more = await _next_chunk(receive)
+
+
+async def _next_chunk(receive: Receive) -> tuple[bytes, bool]:
+    """(bytes, whether there are more). Raises _Disconnected."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise _Disconnected
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def _error_event(error: StageError, event: Event | None, replica: str) -> Event:
@@ -99,19 +171,14 @@ def _error_event(error: StageError, event: Event | None, replica: str) -> Event:
     return Event(events.ERROR, f"/stagecraft/{replica}", identity, events.JSON, data, {"replica": replica})
 
 
-def _with_retry(headers: Mapping[str, str], status: int) -> dict[str, str]:
-    return {**headers, "retry-after": "1"} if status in (429, 503) else dict(headers)
-
-
-def replica_address(given: str, request: Request) -> str:
+def replica_address(given: str, server: tuple[str, int | None] | None) -> str:
     """HOST:PORT by which clients reach this very replica: what was set, else the queue-proxy of our pod, else the
-    socket that listens. In a pod that socket is of no use: queue-proxy speaks to it by 127.0.0.1."""
+    socket `server` that listens. In a pod that socket is of no use: queue-proxy speaks to it by 127.0.0.1."""
     if given:
         return given
     if "K_REVISION" in os.environ and (pod := _pod_ip()) is not None:
         return _joined(pod, _QUEUE_PROXY_PORT)
-    host, port = request.scope.get("server") or ("127.0.0.1", 0)
-    return _joined(host, port)
+    return _joined(*(server or ("127.0.0.1", 0)))
 
 
 @functools.cache

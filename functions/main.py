@@ -12,15 +12,15 @@ import functions_framework.aio
 from starlette.requests import Request
 from starlette.responses import Response
 
-from functions.handler import Handler
+from functions.handler import Answer, Handler
 from functions.service import StageService
 from functions.settings import read_settings
 
 service = StageService(read_settings())
-_handler = Handler(service)
+handler = Handler(service)
 
 
 @functions_framework.aio.http  # type: ignore[untyped-decorator]  # the framework has no types
-async def stage(request: Request) -> Response:
+async def stage(request: Request) -> Response | Answer:
     """One stage of the chain. Events by POST; GET /healthz, /readyz, /metrics."""
-    return await _handler(request)
+    return await handler(request)

@@ -1,8 +1,8 @@
 """Serves the stage function in this process, by uvicorn, until SIGTERM.
 
-The same as `functions-framework --asgi`, with three additions: a listening socket may be inherited (no race for a free
-port), no second process is started (it would import torch again), and a checkpoint that cannot be loaded ends the
-process with exit code 1 and the reason as the last line.
+The same as `functions-framework --asgi`, with four additions: a listening socket may be inherited (no race for a free
+port), no second process is started (it would import torch again), a checkpoint that cannot be loaded ends the process
+with exit code 1 and the reason as the last line, and events take a shorter way to the function's handler.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 import uvloop
 from functions_framework.aio import create_asgi_app
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from functions.contract.logs import configure_logs
 from functions.settings import SettingsError
@@ -33,13 +34,20 @@ def serve(fd: int | None = None) -> int:
     configure_logs(as_json=not sys.stderr.isatty())
     try:
         _check_temporary_folder()
-        app = create_asgi_app("stage", str(_SOURCE), "http")
+        framework_app = create_asgi_app("stage", str(_SOURCE), "http")
         host, port = os.environ.get("HOST", "0.0.0.0"), _port()
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # a stage is asked by few clients over few connections that it should never be the first to close
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, timeout_keep_alive=3600)
+    config = uvicorn.Config(
+        _EventsFirst(_main().handler, framework_app),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=3600,
+    )
     # given as a socket: from a number uvicorn makes a Unix one, and replies then wait for delayed acknowledgements
     inherited = None if fd is None else [socket.socket(fileno=fd)]
     server = _Server(config)
@@ -48,6 +56,24 @@ def serve(fd: int | None = None) -> int:
         signal.signal(number, server.handle_exit)
     _service().start()
     return uvloop.run(_serve(server, inherited))  # a 16 MB hop takes half as long as under asyncio's loop
+
+
+class _EventsFirst:
+    """An ASGI app that has the function's handler answer events, and gives all else to `app`, the framework's.
+
+    That would bring events to the same handler, through its middleware and a router: 0.06 ms more on a hop of 10 KB
+    that takes 0.28 ms (2026-11-28, 2 CPU cores)."""
+
+    def __init__(self, handler: Any, app: ASGIApp) -> None:
+        self._handler = handler
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            answer = await self._handler.event(scope, receive)
+            await answer(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):
@@ -75,7 +101,11 @@ async def _stop_on_failure(server: uvicorn.Server) -> None:
 
 
 def _service() -> Any:
-    return sys.modules["main"].service  # Functions Framework files the source under its stem
+    return _main().service
+
+
+def _main() -> Any:
+    return sys.modules["main"]  # Functions Framework files the source under its stem
 
 
 def _check_temporary_folder() -> None:

@@ -8,21 +8,22 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar
 
 import structlog
 import torch
 
 from functions import metrics
+from functions.compute_thread import ComputeThread
 from functions.contract import events
 from functions.contract.checkpoint import CheckpointError, open_checkpoint
 from functions.contract.errors import InvalidEvent, NotReady, PlanMismatch, StageError, StageFailure
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
-from functions.contract.messages import StageInfo, Step, decode_release
+from functions.contract.messages import Samples, StageInfo, Step, decode_release
 from functions.contract.scoring import RESULT, SCORE, SPENT_PATH
 from functions.runner import load_runner
 from functions.score_events import Scorer
@@ -45,7 +46,7 @@ class StageService:
         self._stage: Stage | None = None
         self._loading: Future[Stage] | None = None
         # one thread: the stage is not made for two, and torch uses the cores by itself
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._compute = ComputeThread("compute")
         self._scorer = Scorer(settings, self._computed)
 
     def start(self) -> None:
@@ -117,19 +118,20 @@ class StageService:
             raise InvalidEvent(f"the data of a step is {events.TENSORS}, got {event.content_type!r}")
         step = Step.from_body(event.data)
         arrived_s = time.perf_counter()
-        parts, compute_s = await self._in_turn(self._compute_step, stage, step, arrived_s)
+        answer, compute_s = await self._in_turn(self._compute_step, stage, step, arrived_s)
         metrics.TOKENS.inc(len(step.tokens))
         extra = {"computeus": str(round(compute_s * 1e6))}
-        return self._reply(event, events.STEPPED, b"".join(parts), replica, events.TENSORS, extra)
+        data, *rest = answer.to_body()
+        return self._reply(event, events.STEPPED, data, replica, events.TENSORS, extra, rest)
 
-    def _compute_step(self, stage: Stage, step: Step, arrived_s: float) -> tuple[list[Buffer], float]:
+    def _compute_step(self, stage: Stage, step: Step, arrived_s: float) -> tuple[Step | Samples, float]:
         started_s = time.perf_counter()
         try:
             with self._measured(arrived_s, slices=len(step.slices), tokens=len(step.tokens)):
-                parts = stage.step(step).to_body()
+                answer = stage.step(step)
         finally:
             self._show_kv(stage)
-        return parts, time.perf_counter() - started_s
+        return answer, time.perf_counter() - started_s
 
     async def _computed(self, work: Callable[[], T]) -> T:
         """The result of a pass over texts, which waits for its turn among the steps."""
@@ -178,7 +180,7 @@ class StageService:
         return json.dumps({"released": await self._in_turn(release)}).encode()
 
     async def _in_turn(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, work, *args)
+        return await self._compute.run(work, *args)
 
     async def _when_loaded(self) -> Stage:
         """Holds an event that comes early, as an activator would. Raises NotReady if loading fails."""
@@ -221,9 +223,10 @@ class StageService:
         replica: str,
         content_type: str = events.JSON,
         extra: Mapping[str, str] | None = None,
+        rest: Sequence[Buffer] = (),
     ) -> Event:
         source = f"/stagecraft/{self.settings.model_name}/stages/{self.settings.index}/{replica}"
-        return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})})
+        return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})}, rest)
 
 
 def _settle(loading: Future[Stage], outcome: Stage | Exception) -> None:

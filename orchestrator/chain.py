@@ -176,6 +176,8 @@ class Chain:
         _fail(jobs, GenerationError("the server is shutting down", status=503, code="shutting_down"))
         if self._watch is not None:
             await self._watch.close()
+        for stage in self._stages:
+            stage.close()
         if self._session is not None:
             await self._session.close()
 

@@ -249,7 +249,11 @@ def _stage_process(environment: dict[str, str]) -> Iterator[_StageProcess]:
 @asynccontextmanager
 async def _client(url: str, index: int, digest: str) -> AsyncIterator[StageClient]:
     async with aiohttp.ClientSession() as session:
-        yield StageClient(session, index, url, digest)
+        client = StageClient(session, index, url, digest)
+        try:
+            yield client
+        finally:
+            client.close()
 
 
 def _environment(plan: Plan, index: int, location: str, options: ProfileOptions) -> dict[str, str]:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import aiohttp
 import numpy as np
 
-from benchmarks import checkpoints
+from benchmarks import checkpoints, copies
 from benchmarks.alternate import alternate, percentile
-from benchmarks.bench import Bench, MeasureError, fair_threads
+from benchmarks.bench import Bench, MeasureError
 from benchmarks.peers import echo_peer
-from benchmarks.report import Figure, Section, beside
+from benchmarks.report import Figure, Section, alone, beside
 from benchmarks.stages import PLAN, WAKE_TIMEOUT_S, running_stages
 from functions.contract.frames import Frame
 from functions.contract.messages import Opening, Slice, Step
@@ -32,6 +32,7 @@ INDEX, STAGES = 1, 3
 STEP_TIMEOUT_S = 60.0
 SEQUENCE = 1
 PEER = "ASGI echo"
+COPIED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +46,31 @@ FULL = (Size("10 KB", 1, 200), Size("16 MB", 1638, 20))
 QUICK = (Size("10 KB", 1, 5), Size("16 MB", 1638, 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Both sides, warm: the stage by the address of its replica, as a lane asks it from its second step on."""
+
+    session: aiohttp.ClientSession
+    client: StageClient
+    replica: str
+    echo_url: str
+
+
 async def measure(bench: Bench) -> list[Section]:
     model = await checkpoints.make(bench, "wide", checkpoints.WIDE)
     sizes = QUICK if bench.quick else FULL
     async with AsyncExitStack() as stack:
         echo_url = await stack.enter_async_context(echo_peer())
         spans = [BlockSpan(INDEX, INDEX + 1)]
-        started = running_stages(bench, model, spans, threads=fair_threads(1), first=INDEX, count=STAGES)
+        started = running_stages(bench, model, spans, threads=1, first=INDEX, count=STAGES)
         (stage,) = await stack.enter_async_context(started)
         session = await stack.enter_async_context(_session())
         client = StageClient(session, INDEX, stage.url, PLAN)
-        await _wake(session, client)
-        figures = [figure for size in sizes for figure in await _compare(bench, size, session, client, echo_url)]
+        stack.callback(client.close)
+        replica = f"http://{(await client.wake(WAKE_TIMEOUT_S)).replica}/"
+        ways = Ways(session, client, replica, echo_url)
+        figures = [figure for size in sizes for figure in await _compare(bench, size, ways)]
+        figures += await _copies(echo_url)
     remarks = ["Time in the stage's block is taken off. Loopback; one connection, one request at a time."]
     return [Section("Hop: one step event to a stage and its reply", figures, remarks)]
 
@@ -65,19 +79,15 @@ def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300))
 
 
-async def _wake(session: aiohttp.ClientSession, client: StageClient) -> None:
-    """The port is open from the start on; the answer comes when the stage has loaded."""
-    await client.wake(WAKE_TIMEOUT_S)
-
-
-async def _compare(
-    bench: Bench, size: Size, session: aiohttp.ClientSession, client: StageClient, echo_url: str
-) -> list[Figure]:
+async def _compare(bench: Bench, size: Size, ways: Ways) -> list[Figure]:
     body = step_body(size.tokens)
+    if size.tokens == 1:  # a token of the answer, not the first of the prompt
+        await ways.client.step(body, "bench", ways.replica, STEP_TIMEOUT_S)
+        body = step_body(1, start=1)
 
     async def hop() -> float:
         started_s = time.perf_counter()
-        reply = await client.step(body, "bench", None, STEP_TIMEOUT_S)
+        reply = await ways.client.step(body, "bench", ways.replica, STEP_TIMEOUT_S)
         wall_s = time.perf_counter() - started_s
         if len(reply.data) < len(body) // 2:
             raise MeasureError(f"the stage answered {len(reply.data)} bytes to {len(body)}")
@@ -85,7 +95,7 @@ async def _compare(
 
     async def echo() -> float:
         started_s = time.perf_counter()
-        async with session.post(echo_url, data=body) as response:
+        async with ways.session.post(ways.echo_url, data=body) as response:
             content = await response.read()
         wall_s = time.perf_counter() - started_s
         if len(content) != len(body):
@@ -95,6 +105,16 @@ async def _compare(
     runs = {"hop": lambda: _times(hop, size.requests), "echo": lambda: _times(echo, size.requests)}
     results = await alternate(bench.rounds, runs)
     return [_figure(size, percent, results["hop"], results["echo"]) for percent in (50, 99)]
+
+
+async def _copies(echo_url: str) -> list[Figure]:
+    """Of the larger body, at either end."""
+    at_stage, at_client = await copies.at_stage(COPIED_BYTES), await copies.at_client(echo_url, COPIED_BYTES)
+    note = "event and reply together, both 16 MB; tracemalloc"
+    return [
+        alone("hop 16 MB, at the stage", "copies", [at_stage], note),
+        alone("hop 16 MB, at the client", "copies", [at_client]),
+    ]
 
 
 async def _times(request: Callable[[], Awaitable[float]], count: int) -> list[float]:
@@ -107,11 +127,10 @@ def _figure(size: Size, percent: int, hop_s: list[list[float]], echo_s: list[lis
     return beside(f"hop {size.name} p{percent}", "ms", ours, PEER, theirs, note)
 
 
-def step_body(tokens: int) -> bytes:
+def step_body(tokens: int, start: int = 0) -> bytes:
     """A step of one sequence, the same each time: stages compute repeated steps anew."""
     width = checkpoints.WIDE["hidden_size"]
     hidden = np.random.default_rng(0).standard_normal((tokens, width), dtype=np.float32)
-    opening = Opening(SamplingParams(), tokens)
+    openings = {} if start else {SEQUENCE: Opening(SamplingParams(), tokens)}
     ids = np.zeros(tokens, dtype=np.int32)
-    step = Step((Slice(SEQUENCE, 0, tokens),), ids, Frame.of(hidden), {SEQUENCE: opening})
-    return b"".join(step.to_body())
+    return b"".join(Step((Slice(SEQUENCE, start, tokens),), ids, Frame.of(hidden), openings).to_body())

@@ -9,11 +9,13 @@ in a process without torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,11 @@ ITEM_BYTES = {
 _NUMPY = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 _DTYPE_NAMES = {np.dtype(code): name for name, code in _NUMPY.items()}
 HEADER_BYTES_MAX = 1 << 20
+_CACHED, _CACHED_BYTES_MAX = 256, 1 << 10  # headers that are remembered, and how long each may be
 
 Buffer = bytes | bytearray | memoryview
+_Entry = tuple[str, str, tuple[int, ...], int]  # name, dtype, shape, bytes
+_Place = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, start, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +61,29 @@ class Frames:
 
 def pack(frames: Frames) -> list[Buffer]:
     """The bytes, as a list of parts: a sender that can write parts copies nothing; else `b"".join` them."""
-    header: dict[str, Any] = {}
-    if frames.metadata:
-        header["__metadata__"] = dict(frames.metadata)
-    offset = 0
     # widest items first keeps every array aligned to its item size, as the format asks
     ordered = sorted(frames.arrays.items(), key=lambda item: (-ITEM_BYTES[item[1].dtype], item[0]))
-    for name, frame in ordered:
-        end = offset + len(frame.data)
-        header[name] = {"dtype": frame.dtype, "shape": list(frame.shape), "data_offsets": [offset, end]}
-        offset = end
+    entries = tuple((name, frame.dtype, frame.shape, len(frame.data)) for name, frame in ordered)
+    head = _write_head(entries) if not frames.metadata else _head_of(entries, frames.metadata)
+    return [head, *(frame.data for _, frame in ordered)]
+
+
+def _head_of(entries: Iterable[_Entry], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the arrays: the length of the header, and the header."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape, size in entries:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)) + text, *(frame.data for _, frame in ordered)]
+    return struct.pack("<Q", len(text)) + text
+
+
+@functools.lru_cache(maxsize=_CACHED)
+def _write_head(entries: tuple[_Entry, ...]) -> bytes:
+    """Step after step of a lane has arrays of the same shapes."""
+    return _head_of(entries, {})
 
 
 def unpack(body: Buffer) -> Frames:
@@ -76,23 +91,33 @@ def unpack(body: Buffer) -> Frames:
     view = memoryview(body)
     if len(view) < 8:
         raise ValueError(f"a safetensors body has at least 8 bytes, got {len(view)}")
-    (header_bytes,) = struct.unpack("<Q", view[:8])
+    (header_bytes,) = struct.unpack_from("<Q", view)
     if header_bytes > min(HEADER_BYTES_MAX, len(view) - 8):
         raise ValueError(f"the header claims {header_bytes} bytes, the body has {len(view) - 8} after the length")
-    header = parse_header(bytes(view[8 : 8 + header_bytes]))
+    read = _read_header_again if header_bytes <= _CACHED_BYTES_MAX else _read_header
+    entries, metadata = read(bytes(view[8 : 8 + header_bytes]), len(view) - 8 - header_bytes)
+    data = view[8 + header_bytes :]
+    return Frames({name: Frame(dtype, shape, data[start:end]) for name, dtype, shape, start, end in entries}, metadata)
+
+
+def _read_header(text: bytes, data_bytes: int) -> tuple[tuple[_Place, ...], Mapping[str, str]]:
+    """Where the arrays are in `data_bytes` of data, all of which they take. Raises ValueError."""
+    header = parse_header(text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ must map strings to strings")
-    data = view[8 + header_bytes :]
-    arrays, spans = {}, []
+    places = []
     for name, entry in header.items():
         dtype, shape, start, end = check_entry(name, entry)
-        if end > len(data):
-            raise ValueError(f"{name} ends at byte {end}, the data has {len(data)}")
-        arrays[name] = Frame(dtype, shape, data[start:end])
-        spans.append((start, end))
-    _check_cover(spans, len(data))
-    return Frames(arrays, metadata)
+        if end > data_bytes:
+            raise ValueError(f"{name} ends at byte {end}, the data has {data_bytes}")
+        places.append((name, dtype, shape, start, end))
+    _check_cover([(start, end) for *_, start, end in places], data_bytes)
+    return tuple(places), MappingProxyType(metadata)
+
+
+# for the same bytes the same: a lane's steps differ in their data only, as long as its sequences are the same
+_read_header_again = functools.lru_cache(maxsize=_CACHED)(_read_header)
 
 
 def parse_header(text: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,16 @@ from hypothesis import strategies as st
 
 from functions.contract import events
 from functions.contract.errors import InvalidEvent
-from functions.contract.events import Event, from_http_request, to_http
+from functions.contract.events import Event, from_http_request, from_lower_case, to_http, to_raw
 
+RESERVED = {
+    "specversion", "type", "source", "id", "datacontenttype", "time", "subject", "dataschema", "data", "extensions",
+}  # fmt: skip
 words = st.text("abcdefghijklmnopqrstuvwxyz0123456789-./_", min_size=1, max_size=20)
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+names = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=20).filter(
+    lambda name: name not in RESERVED
+)
 extensions = st.dictionaries(st.sampled_from(["plan", "stage", "lane", "replica", "computeus"]), words)
 some_events = st.builds(
     Event,
@@ -51,6 +59,33 @@ def test_we_read_events_of_the_sdk(event: Event) -> None:
     made = CloudEvent({**attributes, **event.extensions}, event.data)
     headers, body = to_binary(made, data_marshaller=lambda data: data)
     assert from_http_request(headers, body) == event
+
+
+@given(st.dictionaries(names, words, max_size=6), some_events)
+def test_our_headers_are_the_sdks(extensions: dict[str, str], event: Event) -> None:
+    """Whatever the extensions are called. The SDK leaves percent-encoding to its users: values need none here."""
+    event = replace(event, extensions=extensions)
+    attributes = {"type": event.type, "source": event.source, "id": event.id, "datacontenttype": event.content_type}
+    made = CloudEvent({**attributes, **extensions, "time": None}, b"")
+    theirs, _ = to_binary(made, data_marshaller=lambda data: data)
+    theirs.pop("ce-time", None)
+    assert to_http(event)[0] == theirs
+
+
+@given(st.dictionaries(names, texts, max_size=6), texts, texts)
+def test_any_text_survives_http_as_printable_ascii(extensions: dict[str, str], source: str, identity: str) -> None:
+    event = Event(events.STEP, source, identity, events.TENSORS, b"", extensions)
+    headers, parts = to_raw(event)
+    assert all(0x21 <= byte <= 0x7E for _, value in headers for byte in value)
+    text = {name.decode(): value.decode() for name, value in headers}
+    assert from_lower_case(text, parts[0]) == event
+    assert from_http_request({name.title(): value for name, value in text.items()}, parts[0]) == event
+
+
+def test_parts_are_sent_as_the_same_objects() -> None:
+    first, second = bytearray(b"head"), bytearray(b"large")
+    _, parts = to_raw(Event(events.STEPPED, "/s", "1", events.TENSORS, first, {}, [second]))
+    assert [id(part) for part in parts] == [id(first), id(second)]
 
 
 def test_data_is_passed_on_as_the_same_object() -> None:

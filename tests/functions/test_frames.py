@@ -173,3 +173,12 @@ def test_shape_that_no_reader_could_hold_is_refused(shape: list[int]) -> None:
     size = 0 if 0 in shape else 1
     with pytest.raises(ValueError, match="at most 8 whole numbers"):
         unpack(raw({"a": entry("U8", shape, 0, size)}, bytes(size))).arrays["a"].numpy()
+
+
+def test_a_header_that_was_read_before_is_checked_against_the_data_at_hand() -> None:
+    body = raw({"a": entry("U8", [3], 0, 3)}, b"123")
+    assert bytes(unpack(body).arrays["a"].data) == b"123"
+    for changed in (body + b"4", body[:-1]):
+        with pytest.raises(ValueError, match="the data has"):
+            unpack(changed)
+    assert bytes(unpack(body[:-3] + b"456").arrays["a"].data) == b"456"

@@ -21,7 +21,6 @@ import numpy as np
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
-from starlette.requests import Request
 
 from functions.contract import events
 from functions.contract.errors import StageError, WrongPosition, from_json
@@ -382,20 +381,15 @@ def test_other_pages_and_methods_are_refused(stages: list[Any]) -> None:
 # -- the address that a replica tells
 
 
-def asked_at(host: str, port: int) -> Request:
-    """A request that came to this socket."""
-    return Request({"type": "http", "method": "POST", "path": "/", "headers": [], "server": (host, port)})
-
-
 def test_a_replica_tells_the_address_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("K_REVISION", "demo-stage-0-00001")
-    assert replica_address("10.0.0.7:8012", asked_at("127.0.0.1", 9000)) == "10.0.0.7:8012"
+    assert replica_address("10.0.0.7:8012", ("127.0.0.1", 9000)) == "10.0.0.7:8012"
 
 
 def test_a_replica_in_a_pod_tells_its_queue_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request came from queue-proxy by 127.0.0.1, where nobody else reaches the pod."""
     monkeypatch.setenv("K_REVISION", "demo-stage-0-00001")
-    host, _, port = replica_address("", asked_at("127.0.0.1", 9000)).rpartition(":")
+    host, _, port = replica_address("", ("127.0.0.1", 9000)).rpartition(":")
     assert port == "8012"
     own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
     own |= {socket.gethostbyname(socket.gethostname())}
@@ -404,8 +398,8 @@ def test_a_replica_in_a_pod_tells_its_queue_proxy(monkeypatch: pytest.MonkeyPatc
 
 def test_a_replica_without_knative_tells_its_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("K_REVISION", raising=False)
-    assert replica_address("", asked_at("127.0.0.1", 9000)) == "127.0.0.1:9000"
-    assert replica_address("", asked_at("fd00::7", 9000)) == "[fd00::7]:9000"
+    assert replica_address("", ("127.0.0.1", 9000)) == "127.0.0.1:9000"
+    assert replica_address("", ("fd00::7", 9000)) == "[fd00::7]:9000"
 
 
 # -- how a process begins and ends
