@@ -7,8 +7,8 @@ and computes. Queries arrive as [1, heads, sum of lengths, size] and are cut by 
     tokens      | a | b | c c c c c c c |              one forward pass
     attention   | a over a's past | b over b's past | c over c's past |
 
-Slices of few tokens (decode) are computed together: by the compiled kernel, which reads pages where they lie, or else by
-torch over gathered and padded rows. Each longer slice (prefill) is one call of torch's own kernel.
+Slices of few tokens (decode) are computed together: by the compiled kernel, which reads pages where they lie, or else
+by torch over gathered and padded rows. Each longer slice (prefill) is one call of torch's own kernel.
 """
 
 from __future__ import annotations

@@ -160,8 +160,9 @@ class KvPool:
         sizes = [rows * s.kv_heads * size for s in self.shapes for size in (s.key_size, s.value_size)]
         self._map: mmap.mmap | None = None
         flat = self._memory(sum(sizes), dtype, device).split(sizes)
-        self.keys = [part.view(rows, s.kv_heads, s.key_size) for part, s in zip(flat[::2], self.shapes, strict=True)]
-        self.values = [part.view(rows, s.kv_heads, s.value_size) for part, s in zip(flat[1::2], self.shapes, strict=True)]
+        heads = [s.kv_heads for s in self.shapes]
+        self.keys = [part.view(rows, count, -1) for part, count in zip(flat[::2], heads, strict=True)]
+        self.values = [part.view(rows, count, -1) for part, count in zip(flat[1::2], heads, strict=True)]
 
     def forget(self) -> None:
         """Gives all memory back; whatever is in the pages is gone."""

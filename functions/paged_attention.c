@@ -109,7 +109,7 @@ void paged_attention(const Pass *pass, const Block *b)
     int tasks = pass->slices * b->kv_heads;
 #pragma omp parallel for schedule(static) num_threads(pass->threads) if (pass->threads > 1 && pass->slices > 1)
     for (int slice = 0; slice < pass->slices; slice++) file(pass, b, slice);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(pass->threads) if (pass->threads > 1 && tasks > 4)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(pass->threads) if (pass->threads > 1 && tasks > 1)
     for (int task = 0; task < tasks; task++)
         if (pass->lengths[task / b->kv_heads] <= pass->short_max)
             attend_group(attend, pass, b, task / b->kv_heads, task % b->kv_heads);

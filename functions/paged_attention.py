@@ -1,22 +1,20 @@
-"""Attention over paged keys and values on a CPU: the compiled kernel of `paged_attention.c`, where it could be built.
+"""Attention over paged keys and values on a CPU: the kernel of `paged_attention.c`.
 
-Without it (no C compiler at installation, another device, another dtype) `functions.attention` computes the same with
+Without it (see `functions.kernels`), on another device or in another dtype `functions.attention` computes the same with
 torch, slower.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import os
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from functions.kernels import kernels
 
 SHORT_MAX = 4  # slices of so few tokens are computed here; torch's kernel is better with more rows
 _SIZE_MAX = 512  # of a head: SIZE_MAX_ of the C source
@@ -79,7 +77,7 @@ class Kernel:
         """Files key and value [kv heads, n, size] in the block's pools [tokens, kv heads, size] and returns
         [n, heads, value size], whose rows of slices with more than SHORT_MAX tokens are not set. query
         [heads, n, size]."""
-        library = _library()
+        library = kernels()
         assert library is not None  # `takes` has said so
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
         block = _Block(
@@ -100,25 +98,8 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: to
         query.device.type == "cpu"
         and all(tensor.dtype == torch.float32 and tensor.stride(-1) == 1 for tensor in tensors)
         and max(key.shape[-1], value.shape[-1]) <= _SIZE_MAX
-        and _library() is not None
+        and kernels() is not None
     )
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("STAGECRAFT_NO_KERNEL"):  # for tests and comparisons
-        return None
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_paged_attention{suffix}")
-        if path.exists():
-            try:
-                library = ctypes.CDLL(str(path))  # after torch, whose OpenMP threads it shares
-            except OSError:
-                return None
-            library.paged_attention.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-            library.paged_attention.restype = None
-            return library
-    return None
 
 
 def int32(values: Items[int]) -> _Int32:

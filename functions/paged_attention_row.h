@@ -25,8 +25,8 @@ INLINE void NAME(add_rows)(float *out, const float *const *rows, const float *we
 }
 
 /* Query heads first .. first + count - 1, all of kv head `group`, of the token at `position` in row `row`. */
-INLINE void NAME(attend_sized)(const Pass *pass, const Block *b, int slice, int position, int row, int group, int first, int count,
-                   const int key_size, const int value_size)
+INLINE void NAME(attend_sized)(const Pass *pass, const Block *b, int slice, int position, int row, int group,
+                               int first, int count, const int key_size, const int value_size)
 {
     const int32_t *pages = pass->pages + pass->page_starts[slice];
     const int page = pass->page;
@@ -47,11 +47,16 @@ INLINE void NAME(attend_sized)(const Pass *pass, const Block *b, int slice, int 
             int64_t at = (int64_t)pages[(from + t) / page] * page + (from + t) % page;
             keys[t] = b->keys + at * key_row + group * key_size;
             values[t] = b->values + at * value_row + group * value_size;
+            for (int d = 0; d < key_size; d += LANES) __builtin_prefetch(keys[t] + d, 0, 2);
         }
         for (int h = 0; h < count; h++) {
             const float *query = b->query + (first + h) * b->query_head + row * b->query_token;
             float *s = scores[h], peak = peaks[h], sum = 0.0f;
-            for (int t = 0; t < n; t++) s[t] = NAME(dot)(query, keys[t], key_size) * b->scale;
+            for (int t = 0; t < n; t++) {
+                s[t] = NAME(dot)(query, keys[t], key_size) * b->scale;
+                if (h == 0)
+                    for (int d = 0; d < value_size; d += LANES) __builtin_prefetch(values[t] + d, 0, 2);
+            }
             if (b->softcap != 0.0f)
                 for (int t = 0; t < n; t++) s[t] = tanhf(s[t] / b->softcap) * b->softcap;
             for (int t = 0; t < n; t++) peak = s[t] > peak ? s[t] : peak;

@@ -66,11 +66,21 @@ def load_runner(
     quantization: Quantization = "none",
 ) -> Runner:
     """Loads the span and checks it by a short run. Raises CheckpointError."""
+
+    def load(attention: str | None = None) -> SpanModel:
+        return load_span(checkpoint, span, dtype, device, attention, quantization)
+
     try:
-        return PackedRunner(load_span(checkpoint, span, dtype, device, PACKED, quantization))
+        runner = PackedRunner(load(PACKED))
+        try:
+            runner.pack_linears()
+        except Unpackable as error:
+            log.info("linear_layers_by_torch", reason=str(error), model_type=checkpoint.config.get("model_type"))
+            runner = PackedRunner(load(PACKED))
+        return runner
     except Unpackable as error:
         log.info("one_sequence_at_a_time", reason=str(error), model_type=checkpoint.config.get("model_type"))
-    return SequentialRunner(load_span(checkpoint, span, dtype, device, quantization=quantization))
+    return SequentialRunner(load())
 
 
 class PackedRunner:
@@ -78,9 +88,18 @@ class PackedRunner:
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
-        self._probed = self._self_check()
+        with model.watched_linears() as self._linears:
+            self._probed, self._probe_result = self._self_check()
         self.kv_bytes_per_token = sum(shape.items for shape in self._probed.shapes) * model.dtype.itemsize
         self._pool: KvPool | None = None
+
+    def pack_linears(self) -> None:
+        """Packs the model's linear layers where there is a kernel for them. Raises Unpackable if that changes what the
+        model computes or fails, in which case the model is of no more use."""
+        if self.model.pack_linears(self._linears):
+            _, result = self._self_check()
+            if not torch.allclose(result, self._probe_result, rtol=1e-3, atol=1e-4):
+                raise Unpackable("packed linear layers compute something else")
 
     def allocate(self, pages: int) -> None:
         self._pool = KvPool(self._probed.shapes, pages, self.model.dtype, self.model.device)
@@ -104,8 +123,8 @@ class PackedRunner:
         with PackedPass([], lengths, None) as cache:
             return self.model.states(tokens, hidden, positions, cache)
 
-    def _self_check(self) -> PackedPass:
-        """A pass over two short texts. Raises Unpackable."""
+    def _self_check(self) -> tuple[PackedPass, torch.Tensor]:
+        """A pass over two short texts, and its result. Raises Unpackable."""
         tokens, hidden = _probe_input(self.model, sum(_PROBE))
         positions = torch.cat([torch.arange(length, device=self.model.device) for length in _PROBE])
         rows = torch.tensor(np.cumsum(_PROBE) - 1, device=self.model.device)
@@ -115,11 +134,12 @@ class PackedRunner:
         except Exception as error:
             raise Unpackable(f"{type(error).__name__}: {error}") from error
         if len(probed.windows) != len(self.model.span):
-            raise Unpackable(f"{len(probed.windows)} of {len(self.model.span)} blocks attend through Transformers' interface")
+            found, blocks = len(probed.windows), len(self.model.span)
+            raise Unpackable(f"{found} of {blocks} blocks attend through Transformers' interface")
         if self.model.ends.last and result.shape != (len(_PROBE), self.model.vocab_size):
             raise Unpackable(f"logits of two sequences have shape {list(result.shape)}")
         self._check_windows(probed.windows)
-        return probed
+        return probed, result
 
     def _check_windows(self, windows: list[int | None]) -> None:
         """A model may express a local attention by its masks alone, which packing ignores. Raises Unpackable."""
@@ -207,7 +227,8 @@ class SequentialRunner:
 
 
 def _probe_input(model: SpanModel, n: int) -> tuple[torch.Tensor, Any]:
-    tokens = torch.zeros(n, dtype=torch.long, device=model.device)
+    tokens = torch.arange(n, device=model.device) % model.vocab_size
     if model.ends.first:
         return tokens, None
-    return tokens, torch.zeros((n, model.hidden_size), dtype=model.dtype, device=model.device)
+    hidden = torch.linspace(-1, 1, n * model.hidden_size, device=model.device).view(n, model.hidden_size)
+    return tokens, hidden.to(model.dtype)

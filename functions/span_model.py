@@ -13,7 +13,7 @@ embeddings, add learned positions) or after them thereby has no effect in the ot
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
 
+from functions import linears
 from functions.attention import Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
 from functions.contract.spans import BlockSpan
@@ -111,6 +112,18 @@ class SpanModel:
     def max_positions(self) -> int:
         """The most tokens of one sequence that the model was made for."""
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 20)
+
+    def watched_linears(self) -> AbstractContextManager[list[list[str]]]:
+        """See `linears.watched_inputs`."""
+        return linears.watched_inputs(self._model)
+
+    def pack_linears(self, groups: list[list[str]]) -> bool:
+        """Packs the linear layers; whether there is a kernel for them."""
+        if not linears.can_be_packed(self._model):
+            return False
+        with torch.inference_mode():
+            linears.pack(self._model, groups)
+        return True
 
     @property
     def weight_bytes(self) -> int:
