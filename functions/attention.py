@@ -101,7 +101,8 @@ class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
         query, key, value = query[0], key[0], value[0]
         if self._pool is None or self._pages is None:
             self.shapes.append(RowShape(key.shape[0], key.shape[2], value.shape[2]))
-            out, long = query.new_empty((query.shape[1], query.shape[0], value.shape[2])), range(len(self.lengths))
+            out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
+            long: Items[int] = range(len(self.lengths))
         else:
             pools = self._pool.keys[block], self._pool.values[block]
             out, long = self._pages.attend(query, key, value, pools, how)
@@ -132,7 +133,7 @@ class _Pages:
         self._pages = [s.pages for s in sequences]
         self._ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         self._layout = paged_attention.Layout(
-            np.frombuffer(b"".join(self._pages), dtype=np.int32),  # type: ignore[arg-type]  # arrays are buffers
+            np.frombuffer(b"".join(self._pages), dtype=np.int32),
             paged_attention.int32([*_starts([len(pages) for pages in self._pages]), sum(map(len, self._pages))]),
             paged_attention.int32(starts),
             paged_attention.int32(lengths),
@@ -212,7 +213,7 @@ class _Padded:
     def attend(self, query: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor], how: How) -> torch.Tensor:
         """[b, heads, value size]. Heads that share keys stand as rows of one query: nothing is repeated for them."""
         keys, values = (pool[self.index].transpose(1, 2) for pool in pools)  # [b, kv heads, longest, size]
-        queries = query[:, self.rows].transpose(0, 1).unflatten(1, (keys.shape[1], -1))  # [b, kv heads, group, size]
+        queries = query[:, self.rows]
         at = torch.arange(self.index.shape[1], device=query.device)
         seen = at < self.ends[:, None]
         if how.window is not None:

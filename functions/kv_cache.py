@@ -159,7 +159,7 @@ class KvPool:
         rows = max(1, pages) * KV_PAGE_TOKENS
         sizes = [rows * s.kv_heads * size for s in self.shapes for size in (s.key_size, s.value_size)]
         self._map: mmap.mmap | None = None
-        flat = self._memory(sum(sizes), dtype, device).split(sizes)
+        flat = torch.split(self._memory(sum(sizes), dtype, device), sizes)
         heads = [s.kv_heads for s in self.shapes]
         self.keys = [part.view(rows, count, -1) for part, count in zip(flat[::2], heads, strict=True)]
         self.values = [part.view(rows, count, -1) for part, count in zip(flat[1::2], heads, strict=True)]

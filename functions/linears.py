@@ -147,8 +147,8 @@ def can_be_packed(model: nn.Module) -> bool:
 
 
 def pack(model: nn.Module, groups: Items[Items[str]]) -> None:
-    """Puts the linear layers in panels, each group into the same, and lets go of their weights one by one. A weight that
-    another module has too (an embedding that is also the head) stays."""
+    """Puts the linear layers in panels, each group into the same, and lets go of their weights one by one. A weight
+    that another module has too (an embedding that is also the head) stays."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for weight in module.parameters(recurse=False):

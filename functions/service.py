@@ -8,6 +8,7 @@ import dataclasses
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar
@@ -25,16 +26,30 @@ from functions.contract.frames import Buffer
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.messages import Samples, StageInfo, Step, decode_release
 from functions.contract.scoring import RESULT, SCORE, SPENT_PATH
+from functions.cores import Cores
 from functions.runner import load_runner
 from functions.score_events import Scorer
 from functions.settings import SettingsError, StageSettings
-from functions.stage import Stage
+from functions.stage import Outcome, Stage
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
 TAKEN_TYPES = (*events.REQUEST_TYPES, SCORE, RESULT)
+
+
+_TOGETHER_TOKENS_MAX = 1024  # of several steps in one pass: more would make the short ones wait for the long
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Waiting:
+    """A step on its way through the compute thread."""
+
+    step: Step
+    arrived_s: float
+    outcome: Outcome | None = None
+    compute_s: float = 0.0
 
 
 class StageService:
@@ -47,6 +62,8 @@ class StageService:
         self._loading: Future[Stage] | None = None
         # one thread: the stage is not made for two, and torch uses the cores by itself
         self._compute = ComputeThread("compute")
+        self._cores = _open_cores(settings.cores_lock)
+        self._waiting: deque[_Waiting] = deque()
         self._scorer = Scorer(settings, self._computed)
 
     def start(self) -> None:
@@ -116,35 +133,68 @@ class StageService:
         stage = await self._when_loaded()
         if event.content_type != events.TENSORS:
             raise InvalidEvent(f"the data of a step is {events.TENSORS}, got {event.content_type!r}")
-        step = Step.from_body(event.data)
-        arrived_s = time.perf_counter()
-        answer, compute_s = await self._in_turn(self._compute_step, stage, step, arrived_s)
-        metrics.TOKENS.inc(len(step.tokens))
-        extra = {"computeus": str(round(compute_s * 1e6))}
+        waiting = _Waiting(Step.from_body(event.data), time.perf_counter())
+        self._waiting.append(waiting)
+        try:
+            answer = await self._in_turn(self._compute_waiting, stage, waiting)
+        finally:
+            with contextlib.suppress(ValueError):  # it is still there only if its sender has left
+                self._waiting.remove(waiting)
+        metrics.TOKENS.inc(len(waiting.step.tokens))
+        extra = {"computeus": str(round(waiting.compute_s * 1e6))}
         data, *rest = answer.to_body()
         return self._reply(event, events.STEPPED, data, replica, events.TENSORS, extra, rest)
 
-    def _compute_step(self, stage: Stage, step: Step, arrived_s: float) -> tuple[Step | Samples, float]:
-        started_s = time.perf_counter()
-        try:
-            with self._measured(arrived_s, slices=len(step.slices), tokens=len(step.tokens)):
-                answer = stage.step(step)
-        finally:
-            self._show_kv(stage)
-        return answer, time.perf_counter() - started_s
+    def _compute_waiting(self, stage: Stage, first: _Waiting) -> Step | Samples:
+        """The answer to `first`, computed now with what else waits, or already with another."""
+        if first.outcome is None:
+            self._compute_together(stage, self._take(first))
+        assert first.outcome is not None  # just computed
+        if isinstance(first.outcome, Exception):
+            raise first.outcome
+        return first.outcome
+
+    def _take(self, first: _Waiting) -> list[_Waiting]:
+        """`first` and those that fit into one pass with it. A step that repeats another waits until that is computed."""
+        together: list[_Waiting] = []
+        sequences: set[int] = set()
+        tokens = 0
+        for waiting in (first, *(other for other in list(self._waiting) if other is not first)):
+            its = {piece.sequence for piece in waiting.step.slices}
+            tokens += len(waiting.step.tokens)
+            if together and (tokens > _TOGETHER_TOKENS_MAX or its & sequences):
+                break
+            together.append(waiting)
+            sequences |= its
+        for waiting in together:
+            with contextlib.suppress(ValueError):  # its sender has left in this moment
+                self._waiting.remove(waiting)
+        return together
+
+    def _compute_together(self, stage: Stage, together: list[_Waiting]) -> None:
+        with self._cores:
+            started_s = time.perf_counter()
+            outcomes = stage.steps([waiting.step for waiting in together])
+            compute_s = time.perf_counter() - started_s
+        for waiting, outcome in zip(together, outcomes, strict=True):
+            waiting.compute_s = compute_s
+            waiting.outcome = _explained(outcome, waiting.step)
+            metrics.WAIT_SECONDS.observe(started_s - waiting.arrived_s)
+        metrics.COMPUTE_SECONDS.observe(compute_s)
+        self._show_kv(stage)
 
     async def _computed(self, work: Callable[[], T]) -> T:
         """The result of a pass over texts, which waits for its turn among the steps."""
         arrived_s = time.perf_counter()
 
         def run() -> T:
-            with self._measured(arrived_s):
+            with self._cores, self._measured(arrived_s):
                 return work()
 
         return await self._in_turn(run)
 
     @contextlib.contextmanager
-    def _measured(self, arrived_s: float, **facts: int) -> Iterator[None]:
+    def _measured(self, arrived_s: float) -> Iterator[None]:
         """Around a computation: its time, and a StageFailure for whatever goes wrong in it."""
         started_s = time.perf_counter()
         try:
@@ -152,8 +202,7 @@ class StageService:
         except StageError:
             raise
         except Exception as error:
-            log.exception("step_failed", **facts)
-            raise StageFailure(f"the computation failed ({type(error).__name__}); see the log of the stage") from error
+            raise _failure(error) from error
         finally:
             metrics.WAIT_SECONDS.observe(started_s - arrived_s)
             metrics.COMPUTE_SECONDS.observe(time.perf_counter() - started_s)
@@ -173,7 +222,7 @@ class StageService:
             return b'{"released": []}'
 
         def release() -> list[int]:
-            released = stage.kv.release(sequences)
+            released = stage.release(sequences)
             self._show_kv(stage)
             return released
 
@@ -227,6 +276,24 @@ class StageService:
     ) -> Event:
         source = f"/stagecraft/{self.settings.model_name}/stages/{self.settings.index}/{replica}"
         return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})}, rest)
+
+
+def _explained(outcome: Outcome, step: Step) -> Outcome:
+    if not isinstance(outcome, Exception) or isinstance(outcome, StageError):
+        return outcome
+    return _failure(outcome, slices=len(step.slices), tokens=len(step.tokens))
+
+
+def _failure(error: Exception, **facts: int) -> StageFailure:
+    log.error("step_failed", exc_info=error, **facts)
+    return StageFailure(f"the computation failed ({type(error).__name__}); see the log of the stage")
+
+
+def _open_cores(path: str) -> Cores:
+    try:
+        return Cores(path)
+    except OSError as error:
+        raise SettingsError(f"STAGE_CORES_LOCK names a file that cannot be opened: {error}") from None
 
 
 def _settle(loading: Future[Stage], outcome: Stage | Exception) -> None:

@@ -1,15 +1,19 @@
 """One stage at work: steps in, hidden states or samples out, caches kept straight.
 
-Pure in the sense that it knows no HTTP and no clock; one thread at a time may call it. A step is all or nothing: it is
-checked before anything changes, and if the computation fails, no sequence has moved past where the step starts.
+Pure in the sense that it knows no HTTP and no clock; one thread at a time may call it. Steps that wait at the same time
+are computed in one pass. A step is all or nothing: it is checked before anything changes, and if the computation fails,
+no sequence has moved past where the step starts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from functions.contract.errors import InvalidEvent, PromptTooLong, WrongPosition
+from functions.contract.errors import InvalidEvent, PromptTooLong, StageError, WrongPosition
 from functions.contract.frames import Frame
 from functions.contract.messages import Int32Array, Samples, Slice, Step
 from functions.kv_cache import KvStore, Sequence
@@ -17,6 +21,17 @@ from functions.runner import Runner
 from functions.sampling import Draw, choose
 from functions.span_model import SpanModel
 from functions.weights import SAFETENSORS_DTYPES, TORCH_DTYPES
+
+Outcome = Step | Samples | Exception
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """A step that may be computed: its place among those that came together, and its sequences at their starts."""
+
+    index: int
+    step: Step
+    sequences: list[Sequence]
 
 
 class Stage:
@@ -31,15 +46,62 @@ class Stage:
 
         Steps may repeat: a slice that starts before what is cached is computed anew from there. Raises InvalidEvent,
         WrongPosition, PromptTooLong, KvExhausted."""
-        self._check(step)
-        tokens = token_tensor(step.tokens, self.model.device)
-        hidden = None if step.hidden is None else hidden_tensor(step.hidden, self.model.device)
-        sequences = self.kv.reserve(step.slices, dict(step.openings))
-        result = self.runner.run(sequences, step.slices, tokens, hidden)
-        self._advance(step, sequences)
+        (outcome,) = self.steps([step])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def steps(self, steps: Items[Step]) -> list[Outcome]:
+        """Several steps in one pass, in which no sequence occurs twice. What would be wrong with one of them alone is
+        that one's outcome, and the others go on."""
+        outcomes: dict[int, Outcome] = {}
+        accepted = []
+        for index, step in enumerate(steps):
+            try:
+                self._check(step)
+                accepted.append(_Accepted(index, step, self.kv.reserve(step.slices, dict(step.openings))))
+            except StageError as error:
+                outcomes[index] = error
+        if accepted:
+            outcomes |= self._computed(accepted)
+        return [outcomes[index] for index in range(len(steps))]
+
+    def release(self, sequences: Items[int]) -> list[int]:
+        """Frees their caches; with the last one, the memory of all pages. Returns those that were known."""
+        released = self.kv.release(sequences)
+        if released and not len(self.kv):
+            self.runner.forget()
+        return released
+
+    def _computed(self, accepted: Items[_Accepted]) -> dict[int, Outcome]:
+        try:
+            results = self._run(accepted)
+        except Exception as error:
+            if len(accepted) == 1:
+                return {accepted[0].index: error}
+            # one of them breaks the pass: each by itself, so that only that one fails
+            return {index: outcome for one in accepted for index, outcome in self._computed([one]).items()}
+        return {one.index: self._answer(one, result) for one, result in zip(accepted, results, strict=True)}
+
+    def _run(self, accepted: Items[_Accepted]) -> Items[torch.Tensor]:
+        """One pass over all of them; each one's hidden states, or logits at the last stage."""
+        device = self.model.device
+        tokens = torch.cat([token_tensor(one.step.tokens, device) for one in accepted])
+        arrived = [hidden_tensor(one.step.hidden, device) for one in accepted if one.step.hidden is not None]
+        hidden = arrived[0] if len(arrived) == 1 else torch.cat(arrived) if arrived else None
+        slices = [piece for one in accepted for piece in one.step.slices]
+        result = self.runner.run([q for one in accepted for q in one.sequences], slices, tokens, hidden)
+        if len(accepted) == 1:
+            return [result]
+        last = self.model.ends.last
+        counts = [sum(p.sample if last else p.length for p in one.step.slices) for one in accepted]
+        return torch.split(result, counts)
+
+    def _answer(self, one: _Accepted, result: torch.Tensor) -> Step | Samples:
+        self._advance(one.step, one.sequences)
         if self.model.ends.last:
-            return self._samples(step.slices, sequences, result)
-        return Step(step.slices, step.tokens, frame_of(result), step.openings)
+            return self._samples(one.step.slices, one.sequences, result)
+        return Step(one.step.slices, one.step.tokens, frame_of(result), one.step.openings)
 
     def _check(self, step: Step) -> None:
         check_input(self.model, step.tokens, step.hidden)
