@@ -155,7 +155,7 @@ class StageService:
         return first.outcome
 
     def _take(self, first: _Waiting) -> list[_Waiting]:
-        """`first` and those that fit into one pass with it. A step that repeats another waits until that is computed."""
+        """`first` and those that fit into one pass with it. One that repeats a step waits until that is computed."""
         together: list[_Waiting] = []
         sequences: set[int] = set()
         tokens = 0
