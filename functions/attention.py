@@ -7,8 +7,8 @@ and computes. Queries arrive as [1, heads, sum of lengths, size] and are cut by 
     tokens      | a | b | c c c c c c c |              one forward pass
     attention   | a over a's past | b over b's past | c over c's past |
 
-Slices of few tokens (decode) are computed together: by the compiled kernel, which reads pages where they lie, or else by
-torch over gathered and padded rows. Each longer slice (prefill) is one call of torch's own kernel.
+Slices of few tokens (decode) are computed together: by the compiled kernel, which reads pages where they lie, or else
+by torch over gathered and padded rows. Each longer slice (prefill) is one call of torch's own kernel.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
         query, key, value = query[0], key[0], value[0]
         if self._pool is None or self._pages is None:
             self.shapes.append(RowShape(key.shape[0], key.shape[2], value.shape[2]))
-            out, long = query.new_empty((query.shape[1], query.shape[0], value.shape[2])), range(len(self.lengths))
+            out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
+            long: Items[int] = range(len(self.lengths))
         else:
             pools = self._pool.keys[block], self._pool.values[block]
             out, long = self._pages.attend(query, key, value, pools, how)
@@ -132,7 +133,7 @@ class _Pages:
         self._pages = [s.pages for s in sequences]
         self._ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         self._layout = paged_attention.Layout(
-            np.frombuffer(b"".join(self._pages), dtype=np.int32),  # type: ignore[arg-type]  # arrays are buffers
+            np.frombuffer(b"".join(self._pages), dtype=np.int32),
             paged_attention.int32([*_starts([len(pages) for pages in self._pages]), sum(map(len, self._pages))]),
             paged_attention.int32(starts),
             paged_attention.int32(lengths),
@@ -152,7 +153,7 @@ class _Pages:
     ) -> tuple[torch.Tensor, Items[int]]:  # fmt: skip
         """Files key and value in the block's pools and computes what is short: [n, heads, value size], and the indices
         of the slices whose rows are still to be computed."""
-        if paged_attention.takes(query, key, value, how.sinks):
+        if paged_attention.takes(query, key, value, pools, how.sinks):
             out = self._kernel(
                 query, key, value, pools, scale=how.scale, window=how.window, softcap=how.softcap, sinks=how.sinks
             )
@@ -196,6 +197,7 @@ class _Pages:
         index = np.zeros((len(group), max(ends)), dtype=np.int64)
         for row, (i, end) in enumerate(zip(group, ends, strict=True)):
             index[row, :end] = _pool_rows(self._pages[i], 0, end)
+            index[row, end:] = index[row, 0]  # its own: no weight times another's NaN is NaN
         rows = torch.from_numpy(self._layout.rows[group].astype(np.int64))
         return _Padded(rows.to(device), torch.from_numpy(index).to(device), torch.tensor(ends, device=device))
 
@@ -212,7 +214,8 @@ class _Padded:
     def attend(self, query: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor], how: How) -> torch.Tensor:
         """[b, heads, value size]. Heads that share keys stand as rows of one query: nothing is repeated for them."""
         keys, values = (pool[self.index].transpose(1, 2) for pool in pools)  # [b, kv heads, longest, size]
-        queries = query[:, self.rows].transpose(0, 1).unflatten(1, (keys.shape[1], -1))  # [b, kv heads, group, size]
+        queries = query[:, self.rows].transpose(0, 1)
+        queries = queries.reshape(len(self.rows), keys.shape[1], -1, query.shape[2])  # [b, kv heads, group, size]
         at = torch.arange(self.index.shape[1], device=query.device)
         seen = at < self.ends[:, None]
         if how.window is not None:

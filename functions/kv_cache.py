@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import mmap
+import sys
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -27,7 +28,8 @@ import torch
 from functions.contract.errors import KvExhausted
 from functions.contract.messages import KV_PAGE_TOKENS, Opening, Slice
 
-_NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: the budget is a bound, not memory that is there at once
+# MAP_NORESERVE of Linux: the budget is a bound, not memory that is there at once
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 @dataclass(slots=True)
@@ -159,9 +161,10 @@ class KvPool:
         rows = max(1, pages) * KV_PAGE_TOKENS
         sizes = [rows * s.kv_heads * size for s in self.shapes for size in (s.key_size, s.value_size)]
         self._map: mmap.mmap | None = None
-        flat = self._memory(sum(sizes), dtype, device).split(sizes)
-        self.keys = [part.view(rows, s.kv_heads, s.key_size) for part, s in zip(flat[::2], self.shapes, strict=True)]
-        self.values = [part.view(rows, s.kv_heads, s.value_size) for part, s in zip(flat[1::2], self.shapes, strict=True)]
+        flat = torch.split(self._memory(sum(sizes), dtype, device), sizes)
+        pairs = list(zip(flat[::2], flat[1::2], self.shapes, strict=True))
+        self.keys = [keys.view(rows, shape.kv_heads, shape.key_size) for keys, _, shape in pairs]
+        self.values = [values.view(rows, shape.kv_heads, shape.value_size) for _, values, shape in pairs]
 
     def forget(self) -> None:
         """Gives all memory back; whatever is in the pages is gone."""

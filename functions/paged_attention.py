@@ -1,7 +1,7 @@
 """Attention over paged keys and values on a CPU: the compiled kernel of `paged_attention.c`, where it could be built.
 
 Without it (no C compiler at installation, another device, another dtype) `functions.attention` computes the same with
-torch, slower.
+torch, slower. STAGECRAFT_NO_KERNEL=1 does without it too, for tests and comparisons.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 SHORT_MAX = 4  # slices of so few tokens are computed here; torch's kernel is better with more rows
+NO_KERNEL = "STAGECRAFT_NO_KERNEL"
 _SIZE_MAX = 512  # of a head: SIZE_MAX_ of the C source
 _Int32 = npt.NDArray[np.int32]
 
@@ -93,9 +94,15 @@ class Kernel:
         return out
 
 
-def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None) -> bool:
+def takes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    sinks: torch.Tensor | None,
+) -> bool:
     """Whether the kernel is there, and made for such tensors."""
-    tensors = (query, key, value) if sinks is None else (query, key, value, sinks)
+    tensors = (query, key, value, *pools) if sinks is None else (query, key, value, *pools, sinks)
     return (
         query.device.type == "cpu"
         and all(tensor.dtype == torch.float32 and tensor.stride(-1) == 1 for tensor in tensors)
@@ -104,21 +111,39 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: to
     )
 
 
-@cache
+def why_torch(dtype: torch.dtype, size: int) -> str | None:
+    """Why a model of such numbers and heads of `size` attends by torch on a CPU; None where the kernel does it."""
+    if dtype != torch.float32:
+        return f"the kernel computes in float32, the model in {str(dtype).removeprefix('torch.')}"
+    if size > _SIZE_MAX:
+        return f"the kernel takes heads of up to {_SIZE_MAX}, the model has {size}"
+    if os.environ.get(NO_KERNEL):
+        return f"{NO_KERNEL} is set"
+    found = _found()
+    return found if isinstance(found, str) else None
+
+
 def _library() -> ctypes.CDLL | None:
-    if os.environ.get("STAGECRAFT_NO_KERNEL"):  # for tests and comparisons
-        return None
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_paged_attention{suffix}")
-        if path.exists():
-            try:
-                library = ctypes.CDLL(str(path))  # after torch, whose OpenMP threads it shares
-            except OSError:
-                return None
-            library.paged_attention.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-            library.paged_attention.restype = None
-            return library
-    return None
+    found = _found()
+    return None if isinstance(found, str) or os.environ.get(NO_KERNEL) else found
+
+
+@cache
+def _found() -> ctypes.CDLL | str:
+    """The kernel, or why there is none."""
+    paths = [Path(__file__).with_name(f"_paged_attention{end}") for end in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        return "the kernel is not built; with a C compiler, `python tools/build_kernel.py` builds it"
+    try:
+        # After torch: the libgomp.so.1 that its wheel brings is in memory by now, and the loader takes that one for
+        # ours too. So the threads are the same, and an image without a libgomp of its own will do.
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the kernel cannot be loaded: {error}"
+    library.paged_attention.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.paged_attention.restype = None
+    return library
 
 
 def int32(values: Items[int]) -> _Int32:
