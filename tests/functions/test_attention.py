@@ -271,7 +271,7 @@ def test_a_sequence_taken_back_is_attended_as_if_it_had_not_gone_further(way: st
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_another_sequence_has_broken_reaches_no_other(way: str) -> None:
-    """No weight times infinity is NaN, and so it must not be looked at: pages of others, and what a page held before."""
+    """Nothing times infinity is NaN, so it must not even be looked at: others' pages, and what a page held before."""
     torch.manual_seed(0)
     cache, rows, short = Cache(PLAIN), Rows.random(PLAIN, 21), Rows.random(PLAIN, 18)
     broken = Rows.random(PLAIN, 21)
