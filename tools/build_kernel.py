@@ -1,8 +1,8 @@
 """Compiles what is written in C, in place: `python tools/build_kernel.py [--required]`.
 
-What is compiled, and how, stands in pyproject.toml ([[tool.setuptools.ext-modules]]); `pip install` reads the same. Only
-what has changed is compiled anew. Without a compiler a stage computes the same with torch, slower, so a failure is told
-and no error, unless it is --required. Needs setuptools and nothing of the project.
+What is compiled, and how, stands in pyproject.toml ([[tool.setuptools.ext-modules]]), where `pip install` reads it too.
+Only what has changed is compiled anew. Without a compiler a stage computes the same with torch, slower; so a failure is
+told but no error, unless it is --required. Needs setuptools, and nothing of the project.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def extensions() -> list[Extension]:
     """Their paths count from the root."""
-    tables: list[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
-        "ext-modules"
-    ]
+    pyproject: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    tables = pyproject["tool"]["setuptools"]["ext-modules"]
     made = [Extension(**{name.replace("-", "_"): value for name, value in table.items()}) for table in tables]
     for extension in made:
         extension.optional = False  # else a failure would only be written to the log
