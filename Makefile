@@ -6,6 +6,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
 STAMP  := $(VENV)/.installed
 
 MODEL   ?= demo
@@ -70,8 +71,12 @@ clean: ## remove everything that make has made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# made again when the requirements change, else at once up to date
-$(STAMP): pyproject.toml constraints.txt
+# each is made again when what it depends on changes, else at once up to date
+$(STAMP): $(PACKAGES) $(wildcard functions/*.c functions/*.h) tools/build_kernels.py
+	$(BIN)/python tools/build_kernels.py
+	@touch $@
+
+$(PACKAGES): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "Stagecraft needs Python 3.11; '$(PYTHON)' is not. Install it, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; }

@@ -153,7 +153,7 @@ class _Pages:
     ) -> tuple[torch.Tensor, Items[int]]:  # fmt: skip
         """Files key and value in the block's pools and computes what is short: [n, heads, value size], and the indices
         of the slices whose rows are still to be computed."""
-        if paged_attention.takes(query, key, value, how.sinks):
+        if paged_attention.takes(query, key, value, pools, how.sinks):
             out = self._kernel(
                 query, key, value, pools, scale=how.scale, window=how.window, softcap=how.softcap, sinks=how.sinks
             )
@@ -197,6 +197,7 @@ class _Pages:
         index = np.zeros((len(group), max(ends)), dtype=np.int64)
         for row, (i, end) in enumerate(zip(group, ends, strict=True)):
             index[row, :end] = _pool_rows(self._pages[i], 0, end)
+            index[row, end:] = index[row, 0]  # its own: no weight times another's NaN is NaN
         rows = torch.from_numpy(self._layout.rows[group].astype(np.int64))
         return _Padded(rows.to(device), torch.from_numpy(index).to(device), torch.tensor(ends, device=device))
 
@@ -213,7 +214,8 @@ class _Padded:
     def attend(self, query: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor], how: How) -> torch.Tensor:
         """[b, heads, value size]. Heads that share keys stand as rows of one query: nothing is repeated for them."""
         keys, values = (pool[self.index].transpose(1, 2) for pool in pools)  # [b, kv heads, longest, size]
-        queries = query[:, self.rows]
+        queries = query[:, self.rows].transpose(0, 1)
+        queries = queries.reshape(len(self.rows), keys.shape[1], -1, query.shape[2])  # [b, kv heads, group, size]
         at = torch.arange(self.index.shape[1], device=query.device)
         seen = at < self.ends[:, None]
         if how.window is not None:

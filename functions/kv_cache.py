@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import mmap
+import sys
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -27,7 +28,8 @@ import torch
 from functions.contract.errors import KvExhausted
 from functions.contract.messages import KV_PAGE_TOKENS, Opening, Slice
 
-_NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: the budget is a bound, not memory that is there at once
+# MAP_NORESERVE of Linux: the budget is a bound, not memory that is there at once
+_NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from functions.kernels import kernels
+from functions.kernels import kernels, why_no_kernels
 
 SHORT_MAX = 4  # slices of so few tokens are computed here; torch's kernel is better with more rows
 _SIZE_MAX = 512  # of a head: SIZE_MAX_ of the C source
@@ -91,15 +91,30 @@ class Kernel:
         return out
 
 
-def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None) -> bool:
+def takes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    sinks: torch.Tensor | None,
+) -> bool:
     """Whether the kernel is there, and made for such tensors."""
-    tensors = (query, key, value) if sinks is None else (query, key, value, sinks)
+    tensors = (query, key, value, *pools) if sinks is None else (query, key, value, *pools, sinks)
     return (
         query.device.type == "cpu"
         and all(tensor.dtype == torch.float32 and tensor.stride(-1) == 1 for tensor in tensors)
         and max(key.shape[-1], value.shape[-1]) <= _SIZE_MAX
         and kernels() is not None
     )
+
+
+def why_torch(dtype: torch.dtype, size: int) -> str | None:
+    """Why a model of such numbers and heads of `size` attends by torch on a CPU; None where the kernel does it."""
+    if dtype != torch.float32:
+        return f"the kernel computes in float32, the model in {str(dtype).removeprefix('torch.')}"
+    if size > _SIZE_MAX:
+        return f"the kernel takes heads of up to {_SIZE_MAX}, the model has {size}"
+    return why_no_kernels()
 
 
 def int32(values: Items[int]) -> _Int32:

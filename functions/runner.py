@@ -15,6 +15,7 @@ import structlog
 import torch
 from transformers import DynamicCache
 
+from functions import paged_attention
 from functions.attention import PACKED, PackedPass, Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
 from functions.contract.errors import WrongPosition
@@ -103,6 +104,10 @@ class PackedRunner:
 
     def allocate(self, pages: int) -> None:
         self._pool = KvPool(self._probed.shapes, pages, self.model.dtype, self.model.device)
+        size = max(max(shape.key_size, shape.value_size) for shape in self._probed.shapes)
+        reason = paged_attention.why_torch(self.model.dtype, size)
+        if reason is not None and self.model.device.type == "cpu":
+            log.info("attention_by_torch", reason=reason)
 
     def forget(self) -> None:
         if self._pool is not None:

@@ -29,7 +29,7 @@ import psutil
 
 from functions.contract.errors import StageError
 from functions.contract.frames import Frame
-from functions.contract.messages import Opening, Slice, StageInfo, Step, encode_release
+from functions.contract.messages import KV_PAGE_TOKENS, Opening, Slice, StageInfo, Step, encode_release
 from functions.contract.sampling import SamplingParams
 from orchestrator.cost import StageProfile, Timings
 from orchestrator.plan import Plan
@@ -186,8 +186,8 @@ def hidden_frame(values: np.ndarray[tuple[int, int], np.dtype[np.float32]], dtyp
 
 
 def _room(tokens: int) -> int:
-    """How long one sequence may grow in memory of `tokens`: functions/kv_cache.py sets aside up to an eighth more."""
-    return max(0, tokens * 8 // 9 - 16)
+    """How long one sequence may grow in memory of `tokens`, which is handed out in whole pages."""
+    return tokens // KV_PAGE_TOKENS * KV_PAGE_TOKENS
 
 
 class _StageProcess:

@@ -29,6 +29,16 @@ async def test_tokens_equal_generate_alone_and_together(
     assert together == expected
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3_text", "gpt_oss"])
+async def test_without_the_compiled_kernel_the_tokens_are_the_same(
+    architecture: str, start_stages: Any, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    """Soft-capped scores, sliding windows, sinks, and none of these, as on a machine without a C compiler."""
+    expected = [whole_model(architecture, prompt, NEW_TOKENS) for prompt in prompts]
+    chain = await open_chain(start_stages(architecture, CUTS[2], STAGECRAFT_NO_KERNELS="1"))
+    assert await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS) for prompt in prompts)) == expected
+
+
 @pytest.mark.parametrize("stages", CUTS)
 async def test_together_takes_fewer_steps_than_one_by_one(
     stages: int, start_stages: Any, open_chain: Any, answer: Any, prompts: Any, steps_taken: Any

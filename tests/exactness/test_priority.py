@@ -69,7 +69,8 @@ async def test_who_waits_for_an_answer_goes_before_batches(
 async def test_no_batch_is_let_in_while_an_interactive_request_waits_for_memory(
     start_stages: Any, open_chain: Any, prompts: Any
 ) -> None:
-    """A small batch sequence would fit beside what runs; it does not overtake the large interactive one."""
+    """88 tokens of 200 are taken, the large one waits for 120. A small batch sequence of 8 would fit beside what runs;
+    it does not overtake the large interactive one."""
     crowd = Crowd(await open_chain(start_stages("llama", HALVES, STAGE_KV_BYTES_MAX=KV_BYTES_MAX)))
     await crowd.add("running", request_of(prompts[0], "batch", LONG))
     await crowd.add("large", request_of(prompts[0], "interactive", 110))
@@ -81,14 +82,14 @@ async def test_no_batch_is_let_in_while_an_interactive_request_waits_for_memory(
 async def test_batches_leave_memory_free_while_there_is_interactive_load(
     start_stages: Any, open_chain: Any, prompts: Any, whole_model: Any
 ) -> None:
-    """Beside an interactive sequence of 100 tokens with its slack, one batch sequence of 36 fits into three quarters of
-    200; without it five would."""
+    """In whole pages an interactive sequence of 85 tokens takes 88, a batch sequence of 20 takes 24. Beside it two of
+    these fit into three quarters of 200; without it eight fit into all."""
     settings = ChainSettings(batch_alone_after_s=0)
     chain = await open_chain(start_stages("llama", HALVES, STAGE_KV_BYTES_MAX=KV_BYTES_MAX), settings)
     alone = Crowd(chain)
-    for number in range(5):
+    for number in range(9):
         await alone.add(str(number), request_of([number + 1] * 8, "batch"))
-    assert _running(chain) == 5
+    assert _running(chain) == 8
     await alone.finish()
 
     await _empty(chain)
@@ -96,9 +97,9 @@ async def test_batches_leave_memory_free_while_there_is_interactive_load(
     await crowd.add("interactive", request_of(prompts[0], "interactive", LONG))
     for number in range(3):
         await crowd.add(str(number), request_of([number + 1] * 8, "batch"))
-    assert _running(chain) == 2
+    assert _running(chain) == 3
     await crowd.add("late", request_of(prompts[3], "interactive", 20))
-    assert _running(chain) == 3, "what batches left free is there at once"
+    assert _running(chain) == 4, "what batches left free is there at once"
     await crowd.finish()
     assert crowd.texts["interactive"] == whole_model("llama", prompts[0], LONG)
     assert [crowd.texts[str(number)] for number in range(3)] == [alone.texts[str(number)] for number in range(3)]
@@ -107,13 +108,14 @@ async def test_batches_leave_memory_free_while_there_is_interactive_load(
 async def test_batches_get_all_some_time_after_the_last_interactive_request(
     start_stages: Any, open_chain: Any, answer: Any
 ) -> None:
+    """Each takes 24 tokens: six fit into three quarters of 200, eight into all."""
     stages = start_stages("llama", HALVES, STAGE_KV_BYTES_MAX=KV_BYTES_MAX)
-    for after_s, expected in ((1000, 4), (0, 5)):
+    for after_s, expected in ((1000, 6), (0, 8)):
         chain = await open_chain(stages, ChainSettings(batch_alone_after_s=after_s))
         await answer(chain, [1], 1)
         await _empty(chain)
         crowd = Crowd(chain)
-        for number in range(6):
+        for number in range(9):
             await crowd.add(str(number), request_of([number + 1] * 8, "batch"))
         assert _running(chain) == expected
         await crowd.finish()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from structlog.testing import capture_logs
 
 from functions.contract.checkpoint import CheckpointError, open_checkpoint
 from functions.contract.errors import WrongPosition
@@ -68,6 +69,46 @@ def test_bytes_per_token_are_those_of_the_keys_and_values_of_the_span(span: str,
 def test_bytes_per_token_are_counted_without_packing_too(load: Load) -> None:
     """Bloom caches all 4 heads of 8."""
     assert load("bloom", "0:3").kv_bytes_per_token == 3 * 2 * (4 * 8) * FLOAT_BYTES
+
+
+def test_a_stage_that_attends_by_torch_on_a_cpu_says_why_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = load("llama", "0:2")
+    monkeypatch.setenv("STAGECRAFT_NO_KERNELS", "1")
+    with capture_logs() as lines:
+        Stage(runner, 1 << 20)
+    assert lines == [{"event": "attention_by_torch", "log_level": "info", "reason": "STAGECRAFT_NO_KERNELS is set"}]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3_text", "gpt_oss", "phi3"])
+def test_hidden_states_by_the_kernel_and_by_torch_are_close(
+    architecture: str, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long and short sequences, decode and pieces of a prompt in one step, past the windows."""
+    runner = load(architecture, "0:3")
+    random = np.random.default_rng(0)
+    starts, new = (0, 30, 9, 64, 3), (5, 1, 2, 1, 7)
+    openings = {i + 1: Opening(SamplingParams(), 3) for i in range(len(starts))}
+    first = Step(
+        tuple(Slice(i + 1, 0, n) for i, n in enumerate(starts) if n),
+        random.integers(0, 211, sum(starts), dtype=np.int32),
+        None,
+        {i: opening for i, opening in openings.items() if starts[i - 1]},
+    )
+    second = Step(
+        tuple(Slice(i + 1, start, n) for i, (start, n) in enumerate(zip(starts, new, strict=True))),
+        random.integers(0, 211, sum(new), dtype=np.int32),
+        None,
+        {1: openings[1]},
+    )
+
+    def hidden_states() -> Any:
+        stage = Stage(runner, 1 << 24)
+        stage.step(first)
+        return stage.step(second).hidden.numpy().copy()
+
+    by_kernel = hidden_states()
+    monkeypatch.setenv("STAGECRAFT_NO_KERNELS", "1")
+    np.testing.assert_allclose(by_kernel, hidden_states(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("span", ["0:4", "0:2", "2:4"])
