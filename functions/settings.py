@@ -54,6 +54,9 @@ class StageSettings(BaseSettings):
     claim_bytes: int = Field(48 << 10, ge=0, description="score events with more data refer to a claim")
     claim_age_s: float = Field(86_400, gt=0, description="seconds after which claims are removed, used or not")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its default, at most the CPU limit")
+    cores_lock: str = Field(
+        "", description="file that stages on the same cores share; one that computes holds a lock on it"
+    )
     replica: str = Field("", description="HOST:PORT that reaches this replica; found out if not set")
 
     @field_validator("blocks", mode="before")
