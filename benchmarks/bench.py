@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.layout import Layout, shared_cores_layout
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "models" / "demo"
 CORES = 2  # all figures are for two cores, whatever the machine has
@@ -38,6 +40,11 @@ class Bench:
 def fair_threads(stages: int) -> int:
     """Threads of each stage, so that all stages together have as many as the peer: one for each core."""
     return max(1, CORES // stages)
+
+
+def layout_of(stages: int) -> Layout:
+    """How `stagecraft up` would lay out so many stages."""
+    return shared_cores_layout(stages, CORES)
 
 
 def child_environment(threads: int) -> dict[str, str]:

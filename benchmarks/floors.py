@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.peers import Program, program
 from functions.contract.spans import BlockSpan
 from orchestrator.chain import ChainSettings
+from orchestrator.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +27,19 @@ Pass = tuple[int, int, int]  # rows, of which sampled, and how many such passes
 
 
 class LinearFloor:
-    def __init__(self, stages: Sequence[Program]) -> None:
+    def __init__(self, stages: Sequence[Program], spread: int) -> None:
         self._stages = stages
+        self._spread = spread
 
     async def choose(self, count: int, prompt_tokens: int, new_tokens: int) -> Floor:
         """The faster of two ways to generate for `count` sequences at once: as many lanes as stages, which then compute
-        all the time, and one lane of all, whose stages compute in turns. Both are tried, which also warms them up."""
-        lanes = len(self._stages)
-        ways = [
-            Floor(
-                f"linear layers only, {lanes} lanes",
-                partial(self._at_once, lanes, passes(-(-count // lanes), prompt_tokens, new_tokens)),
-            ),
-            Floor("linear layers only, 1 lane", partial(self._in_turns, passes(count, prompt_tokens, new_tokens))),
-        ]
+        all the time, and one lane of all, whose stages compute in turns. Stages that share the cores have only the
+        second. What there is is tried, which also warms it up."""
+        lanes = self._spread
+        ways = [Floor("linear layers only, 1 lane", partial(self._in_turns, passes(count, prompt_tokens, new_tokens)))]
+        if lanes > 1:
+            work = passes(-(-count // lanes), prompt_tokens, new_tokens)
+            ways.append(Floor(f"linear layers only, {lanes} lanes", partial(self._at_once, lanes, work)))
         times_s = [min([await way.seconds() for _ in range(2)]) for way in ways]
         return ways[times_s.index(min(times_s))]
 
@@ -62,14 +62,14 @@ def passes(sequences: int, prompt_tokens: int, new_tokens: int) -> list[Pass]:
 
 
 @asynccontextmanager
-async def linear_floor(model: Path, spans: Sequence[BlockSpan], threads: int) -> AsyncIterator[LinearFloor]:
+async def linear_floor(model: Path, spans: Sequence[BlockSpan], layout: Layout) -> AsyncIterator[LinearFloor]:
     async with AsyncExitStack() as stack:
         stages = []
         for span in spans:
             head = "1" if span is spans[-1] else "0"
             arguments = ["benchmarks.peer_linear", str(model / "config.json"), str(span), head]
-            stages.append(await stack.enter_async_context(program(arguments, threads)))
-        yield LinearFloor(stages)
+            stages.append(await stack.enter_async_context(program(arguments, layout.threads)))
+        yield LinearFloor(stages, layout.spread)
 
 
 async def _seconds(stage: Program, work: Sequence[Pass]) -> float:

@@ -87,13 +87,16 @@ class OneAtATime:
 
 
 @asynccontextmanager
-async def orchestrator(bench: Bench, model: Path, stages: Sequence[StageProcess]) -> AsyncIterator[Orchestrator]:
+async def orchestrator(
+    bench: Bench, model: Path, stages: Sequence[StageProcess], spread: int = 0
+) -> AsyncIterator[Orchestrator]:
     """The product's own server before `stages`, as a pod runs it."""
     settings = {
         "MODEL": str(model),
         "MODEL_NAME": NAME,
         "STAGE_URLS": ",".join(stage.url for stage in stages),
         "PLAN": PLAN,
+        "SPREAD": str(spread),
         "HOST": HOST,
         "GRPC_PORT": "0",
     }

@@ -11,19 +11,20 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from benchmarks import processes
-from benchmarks.bench import Bench, child_environment
+from benchmarks.bench import Bench, child_environment, layout_of
 from benchmarks.processes import Child
 from functions.contract.checkpoint import open_checkpoint
 from functions.contract.spans import BlockSpan
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
+from orchestrator.layout import Layout
 from orchestrator.planner import plan_by_stages
 
 PLAN = "benchmark"
@@ -79,13 +80,25 @@ def planned_spans(model: Path, stages: int) -> list[BlockSpan]:
 
 
 @asynccontextmanager
-async def running_chain(bench: Bench, model: Path, stages: int, threads: int) -> AsyncIterator[RunningChain]:
-    """A chain that is awake. Its processes end with the context, or with this process."""
+async def running_chain(
+    bench: Bench, model: Path, stages: int, layout: Layout | None = None
+) -> AsyncIterator[RunningChain]:
+    """A chain that is awake, by default in the layout that `stagecraft up` gives so many stages. Its processes end with
+    the context, or with this process."""
+    layout = layout or layout_of(stages)
     async with (
-        running_stages(bench, model, planned_spans(model, stages), threads=threads) as running,
-        chain_over(running) as chain,
+        laid_out_stages(bench, model, planned_spans(model, stages), layout) as running,
+        chain_over(running, ChainSettings(spread=layout.spread)) as chain,
     ):
         yield chain
+
+
+def laid_out_stages(
+    bench: Bench, model: Path, spans: Sequence[BlockSpan], layout: Layout
+) -> AbstractAsyncContextManager[list[StageProcess]]:
+    """Stages that share the cores as `layout` says."""
+    lock = str(bench.folder / f"cores-{next(_numbers)}.lock") if layout.in_turn else ""
+    return running_stages(bench, model, spans, threads=layout.threads, cores_lock=lock)
 
 
 @asynccontextmanager
@@ -112,6 +125,7 @@ async def running_stages(
     first: int = 0,
     count: int | None = None,
     apart: bool = False,
+    cores_lock: str = "",
 ) -> AsyncIterator[list[StageProcess]]:
     """One process for each span, numbered from `first` of `count` stages. They may still be loading.
 
@@ -119,7 +133,7 @@ async def running_stages(
     started: list[StageProcess] = []
     try:
         for index, span in enumerate(spans, first):
-            started.append(await _start(bench, model, span, index, count or len(spans), threads))
+            started.append(await _start(bench, model, span, index, count or len(spans), threads, cores_lock))
         if apart:
             _keep_apart(started)
         yield started
@@ -135,7 +149,9 @@ def _keep_apart(stages: Sequence[StageProcess]) -> None:
             os.sched_setaffinity(stage.child.pid, {core})
 
 
-async def _start(bench: Bench, model: Path, span: BlockSpan, index: int, count: int, threads: int) -> StageProcess:
+async def _start(
+    bench: Bench, model: Path, span: BlockSpan, index: int, count: int, threads: int, cores_lock: str
+) -> StageProcess:
     env = {
         **child_environment(threads),
         "STAGE_MODEL": str(model),
@@ -147,6 +163,7 @@ async def _start(bench: Bench, model: Path, span: BlockSpan, index: int, count: 
         "STAGE_DTYPE": "float32",
         "STAGE_DEVICE": "cpu",
         "STAGE_THREADS": str(threads),
+        "STAGE_CORES_LOCK": cores_lock,
         "STAGE_KV_BYTES_MAX": str(1 << 30),
     }
     with socket.create_server((STAGE_HOST, 0), backlog=1024) as sock:

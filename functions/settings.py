@@ -55,6 +55,9 @@ class StageSettings(BaseSettings):
     claim_age_s: float = Field(86_400, gt=0, description="seconds after which claims are removed, used or not")
     cores_lock: str = Field("", description="file that stages on the same cores lock while they compute")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its default, at most the CPU limit")
+    cores_lock: str = Field(
+        "", description="file that stages on the same cores share; one that computes holds a lock on it"
+    )
     replica: str = Field("", description="HOST:PORT that reaches this replica; found out if not set")
 
     @field_validator("blocks", mode="before")

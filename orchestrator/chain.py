@@ -1,8 +1,9 @@
 """The chain of stages as one generator of tokens: admission, lanes, recovery, release.
 
 Each lane is a task that sends its step through all stages, one after another, books the answer and starts over. With
-as many lanes as stages the pipeline is full: while lane 0 is in stage 1, lane 1 is in stage 0. Lanes are opened when
-sequences come and end when they are empty.
+as many lanes as stages the pipeline is full: while lane 0 is in stage 1, lane 1 is in stage 0. A lane with a prompt to
+compute fills it alone: its next step sets out as soon as the first stage is free. Lanes are opened when sequences come
+and end when they are empty.
 
     generate() -> waiting line -> lane -> step: stage 0 -> stage 1 -> ... -> samples -> generate() yields tokens
 
@@ -21,7 +22,7 @@ import itertools
 import math
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -30,13 +31,14 @@ import structlog
 
 from functions.contract.errors import InvalidEvent, KvExhausted, NotReady, StageError, WrongPosition
 from functions.contract.frames import Buffer
-from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, Samples, StageInfo, Step, encode_release
+from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, Sampled, Samples, StageInfo, encode_release
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.generation import GenerationError, GenerationRequest, Priority, Token
 from orchestrator.kv_ledger import KvLedger
 from orchestrator.replica_watch import ReplicaWatch
 from orchestrator.stage_client import StageClient, StageUnreachable
+from orchestrator.window import Flight, Window
 
 log = structlog.get_logger()
 
@@ -45,9 +47,10 @@ _CLOSE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ChainSettings:
+    spread: int = 0  # stages that compute at once: so many lanes, and steps of a lane, fill the pipeline; 0: all stages
     lane_width: int = 64  # sequences
     lanes_max: int = 0  # 0: no bound
-    lane_age_s: float = 5.0  # older lanes take no new sequences, see lanes.place
+    lane_age_s: float = 5.0  # older lanes take no new sequences, see lanes.place; 0: none grows old
     step_tokens_max: int = 512  # prefill chunks and decode tokens of one step
     waiting_max: int = 1024  # sequences admitted but not yet in a lane, of each priority
     batch_share: float = 0.75  # of KV memory, and of bounded lanes, that batches may fill up beside interactive load
@@ -82,7 +85,10 @@ class _Lane:
     route: list[str | None]  # replica per stage, None: ask the service
     home: list[str | None]  # replica per stage that holds the lane's caches, also when the route avoids it
     asked: list[bool]  # stages that have been sent a step
-    jobs: list[_Job] = field(default_factory=list)
+    doors: list[asyncio.Lock]  # of each stage: one step of the lane is in it, the next ones wait in their order
+    window: Window  # steps on their way
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # more may be sent, or has come back
+    jobs: dict[int, _Job] = field(default_factory=dict)  # by sequence, in the order in which they came
     suspects: list[_Job] = field(default_factory=list)  # one of them broke a step: they go on one at a time
 
     @property
@@ -91,7 +97,7 @@ class _Lane:
 
     @property
     def kv_tokens(self) -> int:
-        return sum(job.kv_tokens for job in self.jobs)
+        return sum(job.kv_tokens for job in self.jobs.values())
 
     @property
     def caches(self) -> _Caches:
@@ -120,7 +126,7 @@ class Chain:
         self._interactive = 0  # sequences, waiting and running
         self._interactive_s = -math.inf  # when the last of them left
         self._kv = KvLedger(len(self._urls))
-        self._lane_tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # lanes, and their steps on the way
         self._wakes: dict[int, asyncio.Task[None]] = {}
         self._releases: set[asyncio.Task[None]] = set()
         self._active_s = 0.0  # when the last lane ended
@@ -158,15 +164,16 @@ class Chain:
     async def close(self) -> None:
         """Ends the lanes; sequences on their way end with an error."""
         self.infos = ()
-        tasks = [*self._lane_tasks, *self._wakes.values()]
+        tasks = [*self._tasks, *self._wakes.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        jobs = [job for line in (*self._waiting.values(), *(lane.jobs for lane in self._lanes)) for job in line]
+        jobs = [job for line in self._waiting.values() for job in line]
+        jobs += [job for lane in self._lanes for job in lane.jobs.values()]
         for line in self._waiting.values():
             line.clear()
         for lane in self._lanes:
-            self._spawn(self._release([job.sequence.id for job in lane.jobs], lane.caches))
+            self._spawn(self._release(list(lane.jobs), lane.caches))
             metrics.RUNNING.labels(lane.name).set(0)
         self._lanes.clear()
         if self._releases:
@@ -261,7 +268,8 @@ class Chain:
                 return False
             job = line.popleft()
             self._kv.promise(lane.home, job.kv_tokens)
-            lane.jobs.append(job)
+            lane.jobs[job.sequence.id] = job
+            lane.news.set()
         return True
 
     def _place(self, job: _Job) -> _Lane | None:
@@ -272,7 +280,7 @@ class Chain:
             for lane in self._lanes
         ]
         rule = self._rule(share)
-        index = lanes.place(states, rule, may_open=self._kv.fits([None] * rule.spread, job.kv_tokens, share))
+        index = lanes.place(states, rule, may_open=self._kv.fits([None] * len(self._stages), job.kv_tokens, share))
         if index is None:
             return None
         return self._lanes[index] if index < len(self._lanes) else self._open_lane(now_s)
@@ -286,7 +294,11 @@ class Chain:
         width, lanes_max = self.settings.lane_width, self.settings.lanes_max
         if lanes_max:  # else whoever finds no seat opens a lane
             width = max(1, int(width * share))
-        return lanes.LaneRule(len(self._stages), width, lanes_max, self.settings.lane_age_s)
+        return lanes.LaneRule(self._spread, width, lanes_max, self.settings.lane_age_s)
+
+    @property
+    def _spread(self) -> int:
+        return self.settings.spread or len(self._stages)
 
     def _drop(self, job: _Job) -> None:
         """The consumer is gone: a waiting sequence leaves at once, a running one before the lane's next step."""
@@ -306,82 +318,104 @@ class Chain:
             self._wake_all()
         used, count = {lane.slot for lane in self._lanes}, len(self._stages)
         slot = next(slot for slot in itertools.count() if slot not in used)
-        lane = _Lane(slot, now_s, now_s, route=[None] * count, home=[None] * count, asked=[False] * count)
+        lane = _Lane(
+            slot, now_s, now_s, route=[None] * count, home=[None] * count, asked=[False] * count,
+            doors=[asyncio.Lock() for _ in range(count)], window=Window(self._spread),
+        )  # fmt: skip
         self._lanes.append(lane)
-        task = asyncio.create_task(self._run_lane(lane))
-        self._lane_tasks.add(task)
-        task.add_done_callback(self._lane_tasks.discard)
+        self._start(self._run_lane(lane))
         return lane
 
     async def _run_lane(self, lane: _Lane) -> None:
         try:
             self._sweep(lane)
             while lane.jobs:
-                self._avoid_draining(lane)
-                await self._step(lane)
+                if not self._send(lane):
+                    await lane.news.wait()
+                    lane.news.clear()
+                await self._take_in(lane)
                 self._sweep(lane)
         except Exception as error:  # a mistake of ours must not leave anybody waiting
             log.exception("lane_failed", lane=lane.name)
-            _fail(lane.jobs, GenerationError(f"internal error ({type(error).__name__})", status=500, code="internal"))
+            _fail(lane.jobs.values(), _internal(error))
         self._lanes.remove(lane)  # not when cancelled: `close` looks after what is left
         self._active_s = _now_s()
 
     def _sweep(self, lane: _Lane) -> None:
-        """Takes out sequences that have ended, frees their KV in every stage, and lets others in."""
-        gone = [job for job in lane.jobs if job.sequence.cancelled]
-        lane.suspects = [job for job in lane.suspects if not job.sequence.cancelled]
+        """Takes out sequences that have ended, frees their KV in every stage, and lets others in. One that has a step
+        on its way stays until that has ended: what a stage frees before would be filled again."""
+        gone = [job for job in lane.jobs.values() if job.sequence.cancelled and not job.sequence.in_flight]
         if gone:
-            lane.jobs = [job for job in lane.jobs if not job.sequence.cancelled]
+            for job in gone:
+                del lane.jobs[job.sequence.id]
+            lane.suspects = [job for job in lane.suspects if not job.sequence.cancelled]
             self._let_go(lane, gone)
         self._fill_lanes()
         metrics.RUNNING.labels(lane.name).set(len(lane.jobs))
 
-    def _avoid_draining(self, lane: _Lane) -> None:
-        """Between two steps, so that none is begun at a replica and ended at another."""
-        assert self._watch is not None
-        for stage, url in enumerate(lane.route):
-            if url in self._watch.draining:
-                lane.route[stage] = None
-
-    async def _step(self, lane: _Lane) -> None:
-        going = lane.suspects[:1] or lane.jobs
-        in_step = going
+    def _send(self, lane: _Lane) -> bool:
+        """Sends the lane's next step on its way, if there is one to be sent now. True if anything has changed."""
+        if not lane.window.takes_more or not self._avoid_draining(lane) or (lane.suspects and lane.window):
+            return False
+        going = [job for job in lane.suspects[:1] or lane.jobs.values() if not job.sequence.cancelled]
         try:
-            step = lanes.next_step([job.sequence for job in going], self.settings.step_tokens_max)
-            jobs = {job.sequence.id: job for job in going}
-            in_step = [jobs[piece.sequence] for piece in step.slices]
-            samples = await self._pass(lane, step)
-            booked = lanes.progress([job.sequence for job in in_step], step, samples.items)
-        except WrongPosition as error:
-            self._rewind(jobs, error)
-            await self._retry(lane, in_step, error)
-        except KvExhausted as error:
-            await self._make_room(lane, in_step, error)
-        except StageUnreachable as error:
-            await self._retry(lane, in_step, error)
-        except StageError as error:
-            if error.retriable:
-                await self._retry(lane, in_step, error)
-            else:
-                _blame(lane, in_step, GenerationError(f"a stage failed: {error}", status=500, code=error.code))
+            flight = lane.window.send([job.sequence for job in going], self.settings.step_tokens_max)
         except Exception as error:  # a mistake of ours must not leave anybody waiting
+            if lane.window:
+                return False  # then it is made again once it is the only one
             log.exception("lane_failed", lane=lane.name)
-            _blame(
-                lane, in_step, GenerationError(f"internal error ({type(error).__name__})", status=500, code="internal")
-            )
-        else:
+            _blame(lane, going, _internal(error))
+            return True
+        if flight is not None:
+            self._start(self._fly(lane, flight))
+        return flight is not None
+
+    def _avoid_draining(self, lane: _Lane) -> bool:
+        """Between two steps, so that none begins at one replica and ends at another. False until those on their way
+        have ended."""
+        assert self._watch is not None
+        draining = [stage for stage, url in enumerate(lane.route) if url in self._watch.draining]
+        if draining and lane.window:
+            return False
+        for stage in draining:
+            lane.route[stage] = None
+        return True
+
+    async def _fly(self, lane: _Lane, flight: Flight) -> None:
+        """Takes a step through the stages. Whatever comes of it is left in the flight, for the lane to find."""
+        try:
+            flight.samples = await self._pass(lane, flight)
+        except Exception as error:  # also a mistake of ours, which must not leave anybody waiting
+            flight.error = error
+        flight.ended = True
+        lane.news.set()
+
+    async def _take_in(self, lane: _Lane) -> None:
+        """Books and hands out what has come back. After a failure, once nothing is on its way: what follows from it."""
+        while (tokens := lane.window.book()) is not None:
             lane.suspects = lane.suspects[1:]
             lane.progress_s = _now_s()
-            self._deliver(jobs, booked)
+            self._deliver(lane, tokens)
+        failed = lane.window.clear()
+        if failed:
+            for flight in failed:
+                if isinstance(flight.error, WrongPosition):
+                    self._rewind(lane, flight.error)
+            await self._recover(lane, failed[0])
 
-    async def _pass(self, lane: _Lane, step: Step) -> Samples:
-        """One step through all stages. The bytes between stages are relayed unopened."""
-        body: Buffer = b"".join(step.to_body())
+    async def _pass(self, lane: _Lane, flight: Flight) -> Sequence[Sampled] | None:
+        """One step through all stages; None if it was stopped. The bytes between stages are relayed unopened."""
+        body: Buffer = b"".join(flight.step.to_body())
         with metrics.STEP_SECONDS.time():
             for stage in self._stages:
-                body = await self._hop(lane, stage, body)
+                async with lane.doors[stage.index]:
+                    if lane.window.stops(flight):
+                        return None
+                    body = await self._hop(lane, stage, body)
+                    flight.passed += 1
+                lane.news.set()
         try:
-            return Samples.from_body(body)
+            return Samples.from_body(body).items
         except InvalidEvent as error:  # not ours but the last stage's
             raise StageUnreachable(f"the last stage answered no samples: {error}") from None
 
@@ -423,24 +457,37 @@ class Chain:
         if left is not None:
             log.info("replica_changed", lane=lane.name, stage=stage.index, old=left, new=replica)
             self._kv.forget(stage.index, left)
-            self._spawn(self._release_at(stage, left, [job.sequence.id for job in lane.jobs]))
+            self._spawn(self._release_at(stage, left, list(lane.jobs)))
 
-    def _deliver(self, jobs: dict[int, _Job], booked: list[tuple[lanes.Sequence, Token]]) -> None:
+    def _deliver(self, lane: _Lane, booked: list[tuple[lanes.Sequence, Token]]) -> None:
         for sequence, token in booked:
             if not sequence.cancelled:
-                jobs[sequence.id].out.put_nowait(token)
+                lane.jobs[sequence.id].out.put_nowait(token)
             if token.finish is not None:
                 sequence.cancelled = True  # swept before the next step
         metrics.TOKENS.inc(len(booked))
 
     # -- when a step fails
 
-    def _rewind(self, jobs: dict[int, _Job], error: WrongPosition) -> None:
+    async def _recover(self, lane: _Lane, flight: Flight) -> None:
+        """Decides what becomes of the sequences of a step that has failed. Nothing of the lane is on its way."""
+        jobs, error = [lane.jobs[sequence.id] for sequence in flight.sequences], flight.error
+        if isinstance(error, KvExhausted):
+            await self._make_room(lane, jobs, error)
+        elif isinstance(error, StageUnreachable) or (isinstance(error, StageError) and error.retriable):
+            await self._retry(lane, jobs, error)
+        elif isinstance(error, StageError):
+            _blame(lane, jobs, GenerationError(f"a stage failed: {error}", status=500, code=error.code))
+        else:
+            log.error("lane_failed", lane=lane.name, exc_info=error)
+            _blame(lane, jobs, _internal(error))
+
+    def _rewind(self, lane: _Lane, error: WrongPosition) -> None:
         """A stage holds less than was thought (a new replica holds nothing): that part is sent again."""
         for sequence, position in error.positions.items():
-            if sequence in jobs:
+            if sequence in lane.jobs:
                 metrics.REPLAYS.inc()
-                jobs[sequence].sequence.take_back(position)
+                lane.jobs[sequence].sequence.take_back(position)
 
     async def _retry(self, lane: _Lane, jobs: list[_Job], error: Exception) -> None:
         """Lets the step be tried again, some time later if it is not the first failure; gives up in the end: after so
@@ -464,15 +511,16 @@ class Chain:
         if sum(len(other.jobs) for other in self._lanes) == 1:
             await self._retry(lane, jobs, error)
             return
-        latest = [job for job in reversed(lane.jobs) if job in jobs]
+        latest = [job for job in reversed(lane.jobs.values()) if job in jobs]
         job = next((job for job in latest if job.sequence.is_batch), latest[0])
         log.warning("sequence_put_back", lane=lane.name, error=str(error))
-        lane.jobs.remove(job)
+        del lane.jobs[job.sequence.id]
         lane.suspects = [suspect for suspect in lane.suspects if suspect is not job]
         self._let_go(lane, [job])
         if not job.sequence.cancelled:
             # under another id, so that the release of what it held cannot meet what it holds next
-            job.sequence.id, job.sequence.cached = _new_id(), 0
+            job.sequence.id = _new_id()
+            job.sequence.take_back(0)
             self._waiting[job.priority].appendleft(job)
         await asyncio.sleep(self.settings.backoff_s)
 
@@ -558,6 +606,11 @@ class Chain:
             except StageError as error:
                 raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None
 
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._releases.add(task)
@@ -577,7 +630,11 @@ def _replica_url(replica: str) -> str:
     return f"http://{replica}/"
 
 
-def _fail(jobs: Sequence[_Job], error: GenerationError) -> None:
+def _internal(error: Exception | None) -> GenerationError:
+    return GenerationError(f"internal error ({type(error).__name__})", status=500, code="internal")
+
+
+def _fail(jobs: Iterable[_Job], error: GenerationError) -> None:
     for job in jobs:
         job.sequence.cancelled = True
         job.out.put_nowait(error)

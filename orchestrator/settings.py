@@ -51,9 +51,10 @@ class OrchestratorSettings(BaseSettings):
     )
     choices_max: int = Field(128, gt=0, description="sequences that one request may ask for (prompts x n)")
     grace_s: int = Field(25, ge=0, description="seconds that running requests get after SIGTERM")
+    spread: int = Field(0, ge=0, description="stages that compute at once, which lanes are to keep busy; 0: all")
     lane_width: int = Field(64, gt=0, description="sequences in a lane")
     lanes_max: int = Field(0, ge=0, description="lanes of sequences at once, 0 for no bound")
-    lane_age_s: float = Field(5, gt=0, description="seconds after which a lane takes no new sequences")
+    lane_age_s: float = Field(5, ge=0, description="seconds after which a lane takes no new sequences; 0: never")
     step_tokens_max: int = Field(512, gt=0, description="tokens of one step: decode tokens and prefill chunks")
     waiting_max: int = Field(1024, gt=0, description="sequences that wait for a lane; more get 429")
     wake_timeout_s: float = Field(600, gt=0, description="seconds that stages get to wake and load")
@@ -67,7 +68,7 @@ class OrchestratorSettings(BaseSettings):
 
     @property
     def batch_workers(self) -> int:
-        return self.batch_requests_max or self.lane_width * (len(self.stage_urls) + 1)
+        return self.batch_requests_max or self.lane_width * ((self.spread or len(self.stage_urls)) + 1)
 
     @field_validator("stage_urls", mode="before")
     @classmethod

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from benchmarks import checkpoints
 from benchmarks.alternate import alternate
-from benchmarks.bench import CORES, DEMO, Bench, fair_threads
+from benchmarks.bench import CORES, DEMO, Bench, fair_threads, layout_of
 from benchmarks.peers import TransformersPeer, transformers_peer
 from benchmarks.prompts import random_prompts
 from benchmarks.report import Figure, Section, alone, beside
 from benchmarks.stages import RunningChain, running_chain
+from orchestrator.layout import Layout, shared_cores_layout
 
 PROMPT_TOKENS = 16
 PEER = "generate"
@@ -45,20 +46,20 @@ async def _model(bench: Bench, name: str, model: Path, new_tokens: int) -> Secti
         if not bench.quick:
             single = await stack.enter_async_context(transformers_peer(model, 1))
             runs[SINGLE] = _of_peer(single, prompt, new_tokens)
-        for stages, threads in _layouts(bench):
-            chain = await stack.enter_async_context(running_chain(bench, model, stages, threads))
-            runs[_label(stages, threads)] = _of_chain(chain, prompt, new_tokens)
+        for stages, layout in _layouts(bench):
+            chain = await stack.enter_async_context(running_chain(bench, model, stages, layout))
+            runs[_label(stages, layout.threads)] = _of_chain(chain, prompt, new_tokens)
         results = await alternate(bench.rounds, runs)
     return _section(name, results)
 
 
-def _layouts(bench: Bench) -> list[tuple[int, int]]:
-    """(stages, threads of each): as many threads in all as the peer has, then all cores for each stage."""
+def _layouts(bench: Bench) -> list[tuple[int, Layout]]:
+    """With the number of stages: as `up` lays them out, then as many threads in all as the peer has."""
     if bench.quick:
-        return [(stages, fair_threads(stages)) for stages in GOAL_STAGES]
-    fair = [(stages, fair_threads(stages)) for stages in bench.stage_counts]
-    full = [(stages, CORES) for stages in bench.stage_counts]
-    return list(dict.fromkeys([*fair, *full]))
+        return [(stages, layout_of(stages)) for stages in GOAL_STAGES]
+    ours = [(stages, layout_of(stages)) for stages in bench.stage_counts]
+    fair = [(stages, shared_cores_layout(stages, CORES, threads=fair_threads(stages))) for stages in bench.stage_counts]
+    return list(dict.fromkeys([*ours, *fair]))
 
 
 def _label(stages: int, threads: int) -> str:

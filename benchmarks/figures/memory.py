@@ -13,10 +13,11 @@ from pathlib import Path
 
 from benchmarks import checkpoints
 from benchmarks.alternate import alternate
-from benchmarks.bench import Bench
+from benchmarks.bench import CORES, Bench
 from benchmarks.prompts import random_prompts
 from benchmarks.report import Figure, Section, alone, beside
 from benchmarks.stages import running_chain
+from orchestrator.layout import shared_cores_layout
 
 FACTOR = 1.2
 PROMPT_TOKENS, NEW_TOKENS = 64, 8
@@ -49,7 +50,7 @@ async def measure(bench: Bench) -> list[Section]:
 
 async def _stages(bench: Bench, model: Path, count: int) -> list[Stage]:
     (prompt,) = random_prompts(1, PROMPT_TOKENS, checkpoints.vocab_size(model))
-    async with running_chain(bench, model, count, threads=1) as chain:
+    async with running_chain(bench, model, count, shared_cores_layout(count, CORES, threads=1)) as chain:
         await chain.generate(prompt, NEW_TOKENS)
         infos = chain.chain.infos
         return [Stage(stage.peak_bytes(), info.weight_bytes) for stage, info in zip(chain.stages, infos, strict=True)]

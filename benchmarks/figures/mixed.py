@@ -18,7 +18,7 @@ from functools import partial
 
 from benchmarks import checkpoints
 from benchmarks.alternate import alternate, once
-from benchmarks.bench import CORES, Bench, fair_threads
+from benchmarks.bench import CORES, Bench
 from benchmarks.kv_watch import KvSample, watch_kv
 from benchmarks.peers import TransformersPeer, transformers_peer
 from benchmarks.prompts import prompts_of
@@ -59,7 +59,7 @@ async def measure(bench: Bench) -> list[Section]:
     load = _load(bench, checkpoints.vocab_size(model))
     async with AsyncExitStack() as stack:
         peer = await stack.enter_async_context(transformers_peer(model, CORES))
-        chain = await stack.enter_async_context(running_chain(bench, model, STAGES, fair_threads(STAGES)))
+        chain = await stack.enter_async_context(running_chain(bench, model, STAGES))
         static = {f"{PEER} of {size}": _of_peer(peer, load, size) for size in BATCHES if size <= len(load.prompts)}
         static = static or {f"{PEER} of {len(load.prompts)}": _of_peer(peer, load, len(load.prompts))}
         ours: Callable[[], Awaitable[Run]] = partial(_of_chain, chain, load)

@@ -16,6 +16,7 @@ from benchmarks.prompts import random_prompts
 from benchmarks.report import Section, beside
 from benchmarks.stages import RunningChain, chain_over, planned_spans, running_stages
 from orchestrator.chain import ChainSettings
+from orchestrator.lanes import chunk_tokens
 
 STAGES = 2
 PROMPT_TOKENS, NEW_TOKENS = 1500, 2
@@ -35,7 +36,8 @@ async def measure(bench: Bench) -> list[Section]:
         spans = planned_spans(model, STAGES)
         stages = await stack.enter_async_context(running_stages(bench, model, spans, threads=1, apart=True))
         chunked = await stack.enter_async_context(chain_over(stages))
-        whole = await stack.enter_async_context(chain_over(stages, ChainSettings(step_tokens_max=PROMPT_TOKENS)))
+        settings = ChainSettings(spread=1, step_tokens_max=PROMPT_TOKENS)
+        whole = await stack.enter_async_context(chain_over(stages, settings))
         runs = {CHUNKED: _first_token(chunked, prompt), WHOLE: _first_token(whole, prompt)}
         results = await alternate(bench.rounds, runs)
     async with transformers_peer(model, CORES) as peer:
@@ -46,9 +48,8 @@ async def measure(bench: Bench) -> list[Section]:
         f"first token of {PROMPT_TOKENS:,}, {CHUNKED}", "s", times[CHUNKED], WHOLE, times[WHOLE],
         "" if same else "the tokens differ from those of generate: this figure is worth nothing",
     )  # fmt: skip
-    remarks = [
-        f"One request alone; each stage has a core of its own. Chunks of {ChainSettings().step_tokens_max} tokens."
-    ]
+    length = chunk_tokens(PROMPT_TOKENS, ChainSettings().step_tokens_max, STAGES)
+    remarks = [f"One request alone; each stage has a core of its own. Chunks of {length} tokens."]
     return [Section("First token of a long prompt, 82M model, 2 stages, float32", [figure], remarks)]
 
 

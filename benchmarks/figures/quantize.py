@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks import checkpoints
 from benchmarks.alternate import alternate
-from benchmarks.bench import Bench, fair_threads
+from benchmarks.bench import Bench, layout_of
 from benchmarks.prompts import random_prompts
 from benchmarks.report import Figure, Section, beside
 from benchmarks.stages import RunningChain, running_chain
@@ -39,7 +39,7 @@ async def measure(bench: Bench) -> list[Section]:
         chains = {}
         for kind, environment in KINDS.items():
             with _inherited(environment):  # stages get the variables of this process
-                started = running_chain(bench, model, STAGES, fair_threads(STAGES))
+                started = running_chain(bench, model, STAGES)
                 chains[kind] = await stack.enter_async_context(started)
         for count in (1, 2 if bench.quick else AT_ONCE):
             prompts = random_prompts(count, PROMPT_TOKENS, checkpoints.vocab_size(model))
@@ -54,7 +54,7 @@ async def measure(bench: Bench) -> list[Section]:
         if kind != PEER
     ]
     remarks = [
-        f"{PROMPT_TOKENS} tokens in and {new_tokens} out for each request; {fair_threads(STAGES)} thread a stage."
+        f"{PROMPT_TOKENS} tokens in and {new_tokens} out for each request; {layout_of(STAGES).threads} threads a stage."
     ]
     return [Section(f"Quantised weights, 82M model, {STAGES} stages", figures, remarks)]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks import checkpoints
 from benchmarks.alternate import alternate, hopeless, once
-from benchmarks.bench import CORES, Bench, fair_threads
+from benchmarks.bench import CORES, Bench, layout_of
 from benchmarks.floors import LinearFloor, linear_floor
 from benchmarks.peers import TransformersPeer, transformers_peer
 from benchmarks.prompts import random_prompts
@@ -34,7 +34,8 @@ from benchmarks.servers import (
     orchestrator,
     transformers_serve,
 )
-from benchmarks.stages import RunningChain, StageProcess, chain_over, planned_spans, running_stages
+from benchmarks.stages import RunningChain, StageProcess, chain_over, laid_out_stages, planned_spans
+from orchestrator.chain import ChainSettings
 
 STAGES = 2
 CONCURRENCY = (1, 8, 32, 64)
@@ -113,7 +114,7 @@ async def measure(bench: Bench) -> list[Section]:
             figures += await _compare(bench, setting, prompts, new_tokens)
     remarks = [
         f"{PROMPT_TOKENS} tokens in and {new_tokens} out for each request, from the first request to the last token; "
-        f"peers have {CORES} threads, stages {fair_threads(STAGES)} each.",
+        f"peers have {CORES} threads, stages {layout_of(STAGES).threads} each.",
         f"{KSERVE} is asked for {KSERVE_REQUESTS} requests at once (or one): more would only wait.",
     ]
     return [Section("Throughput, 82M model, 2 stages, float32", figures, remarks)]
@@ -121,15 +122,15 @@ async def measure(bench: Bench) -> list[Section]:
 
 async def _setting(bench: Bench, stack: AsyncExitStack) -> Setting:
     model = await checkpoints.spelling(bench)
-    spans, threads = planned_spans(model, STAGES), fair_threads(STAGES)
-    stages = await stack.enter_async_context(running_stages(bench, model, spans, threads=threads))
+    spans, layout = planned_spans(model, STAGES), layout_of(STAGES)
+    stages = await stack.enter_async_context(laid_out_stages(bench, model, spans, layout))
     return Setting(
-        await stack.enter_async_context(chain_over(stages)),
-        await stack.enter_async_context(orchestrator(bench, model, stages)),
+        await stack.enter_async_context(chain_over(stages, ChainSettings(spread=layout.spread))),
+        await stack.enter_async_context(orchestrator(bench, model, stages, layout.spread)),
         await stack.enter_async_context(transformers_peer(model, CORES)),
         await stack.enter_async_context(transformers_serve(bench, model)),
         await stack.enter_async_context(one_at_a_time(bench, model)),
-        await stack.enter_async_context(linear_floor(model, spans, threads)),
+        await stack.enter_async_context(linear_floor(model, spans, layout)),
     )
 
 

@@ -27,6 +27,7 @@ from orchestrator.cli.running_platform import problems_of, stop_told, tell_probl
 
 if TYPE_CHECKING:
     from knative.platform import Platform, PlatformSettings
+    from orchestrator.layout import Layout
     from orchestrator.plan import Plan
     from orchestrator.render.deployment import Deployment
 
@@ -35,6 +36,8 @@ Quantize = Literal["none", "int8"]
 T = TypeVar("T")
 
 PLATFORM_LOG = "platform.log"  # why the autoscaler decides what, as JSON lines
+CORES_LOCK = "cores.lock"
+ONE_LANE_WIDTH = 256  # sequences; as many as requests at once, since a second lane would only take turns with the first
 LOOK_EVERY_S = 0.1
 PROMPT_TOKENS = 120
 PROMPT_TEMPERATURE = 0.7
@@ -92,7 +95,14 @@ def up(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads per replica; by default the cores divided by the stages."),
+        typer.Option(min=1, help="CPU threads per replica; by default all cores, or a share of many (see --spread)."),
+    ] = None,
+    spread: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Stages that compute at once; by default 1, with all cores, and all of them from 5 cores a stage on.",
+        ),
     ] = None,
     kv_memory: Annotated[
         str | None,
@@ -109,7 +119,10 @@ def up(
         typer.Option(min=1, help="Replicas of a stage at most; by default as many as the machine has cores for."),
     ] = None,
     lane_width: Annotated[
-        int | None, typer.Option(min=1, help="Sequences that travel together; fewer make more lanes to spread.")
+        int | None,
+        typer.Option(
+            min=1, help="Sequences that travel together, 64, or 256 in turn; fewer make more lanes to spread."
+        ),
     ] = None,
     fork: Annotated[
         bool, typer.Option("--fork/--no-fork", help="Start replicas from processes that have imported torch already.")
@@ -150,8 +163,8 @@ def up(
     if leave and prompt is None:
         fail("--exit needs --prompt: what should be done before the exit?", 2)
     chosen = _plan(model, stages, plan, name, dtype, quantize)
-    per_stage = threads or default_threads(len(chosen.stages))
-    most = max(min_scale, max_scale or default_replicas(len(chosen.stages), per_stage))
+    layout = _layout(len(chosen.stages), device, threads, spread)
+    most = max(min_scale, max_scale or default_replicas(len(chosen.stages), layout.threads))
     if max_scale is not None and max_scale < min_scale:
         fail(f"--max-scale {max_scale} is below --min-scale {min_scale}", 2)
     try:
@@ -160,16 +173,20 @@ def up(
             # initial scale 0: everything starts with the first request
             scaling=Scaling(target, None, _window_s(window), min_scale, most, initial_scale=0, grace_s=_grace_s(grace)),
             device=device,
-            threads_per_stage=per_stage,
+            threads_per_stage=layout.threads,
             kv_bytes_max=None if kv_memory is None else _bytes("--kv-memory", kv_memory),
             # all stages, and all replicas they may have, share what one machine has
             kv_share=1 / (len(chosen.stages) * most),
             weights=WeightSource(chosen.model if "://" in chosen.model else f"file://{chosen.model}"),
-            lane_width=lane_width,
+            lane_width=lane_width or (ONE_LANE_WIDTH if layout.spread == 1 and most == 1 else None),
+            lane_age_s=0 if most == 1 else None,  # no replica will come that younger lanes would find
+            spread=layout.spread if layout.spread != len(chosen.stages) else 0,
         )
     except DeploymentError as error:
         fail(str(error), 2)
     with log_folder(log_dir) as folder:
+        if layout.in_turn:
+            deployment = replace(deployment, cores_lock=str(folder.resolve() / CORES_LOCK))
         settings = _platform_settings(deployment, folder, host, (port, grpc_port, metrics_port), fork, data_dir)
         if batch:
             deployment = _with_batch(deployment, settings)
@@ -189,9 +206,18 @@ def _with_batch(deployment: Deployment, settings: PlatformSettings) -> Deploymen
     return replace(deployment, batch=Batch(results_file=str(data / "results.sqlite")))
 
 
-def default_threads(stages: int) -> int:
-    """Torch threads for each of `stages` stages: an equal share of the cores this process may use, at least 1."""
-    return max(1, _cores() // stages)
+def _layout(stages: int, device: str, threads: int | None, spread: int | None) -> Layout:
+    """On a GPU cores matter little: each stage has its share of them, and all are kept busy."""
+    from orchestrator.layout import Layout, shared_cores_layout
+
+    if device == "cpu" or (device == "auto" and not has_nvidia_gpu()):
+        return shared_cores_layout(stages, _cores(), threads=threads, spread=spread)
+    return Layout(spread or stages, threads or max(1, _cores() // stages), in_turn=False)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver has found one; this process has no torch to ask."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def default_replicas(stages: int, threads: int) -> int:

@@ -319,6 +319,9 @@ class Deployment:
     scoring: Scoring | None = None
     env: Mapping[str, str] = field(default_factory=dict)  # for stages and orchestrator
     lane_width: int | None = None  # sequences; None: the orchestrator's default
+    lane_age_s: float | None = None  # None: the orchestrator's default
+    spread: int = 0  # stages that compute at once; 0: all
+    cores_lock: str = ""  # file by which stages on the same cores take turns; on one machine only
     timeout_s: int = 600  # the most that Knative allows by default
 
     def __post_init__(self) -> None:

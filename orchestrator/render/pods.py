@@ -172,6 +172,7 @@ def stage_environment(what: Deployment, index: int, budget: Budget) -> dict[str,
         "STAGE_DEVICE": what.device,
         "STAGE_THREADS": str(what.threads_per_stage),
         **kv,
+        **({"STAGE_CORES_LOCK": what.cores_lock} if what.cores_lock else {}),
         **({"STAGE_CLAIMS": what.scoring.claims} if what.scoring is not None and what.scoring.claims else {}),
     }
 
@@ -181,6 +182,10 @@ def orchestrator_environment(what: Deployment, deadline_s: int) -> dict[str, str
     names = [what.knative_name(index) for index in range(len(what.plan.stages))]
     urls = [f"http://{name}.{what.namespace}.svc.cluster.local" for name in names]
     more = {} if what.lane_width is None else {"ORCHESTRATOR_LANE_WIDTH": str(what.lane_width)}
+    if what.lane_age_s is not None:
+        more["ORCHESTRATOR_LANE_AGE_S"] = f"{what.lane_age_s:g}"
+    if what.spread:
+        more["ORCHESTRATOR_SPREAD"] = str(what.spread)
     if deadline_s > _DEADLINE_S:
         more["ORCHESTRATOR_WAKE_TIMEOUT_S"] = str(deadline_s)
     if (step_s := _longest_step_s(what)) > _STEP_TIMEOUT_S:

@@ -20,6 +20,7 @@ from benchmarks.prompts import prompts_of, read, spell
 from benchmarks.traces import Arrival, Scale, excerpt
 from functions.contract.spans import BlockSpan
 from orchestrator.chain import ChainSettings
+from orchestrator.layout import Layout
 
 SCALE = Scale(prompt_by=10, prompt_max=50, output_by=4, output_max=30, span_s=2.0)
 
@@ -74,8 +75,10 @@ def test_passes_of_the_floor_are_the_rows_of_a_lane(sequences: int, prompt: int,
     assert all(sampled <= sequences for _, sampled, _ in found)
 
 
-async def test_the_floor_of_real_processes_takes_some_time(model: Path) -> None:
-    async with linear_floor(model, [BlockSpan(0, 2), BlockSpan(2, 4)], 1) as floor:
+@pytest.mark.parametrize("spread", [1, 2])
+async def test_the_floor_of_real_processes_takes_some_time(model: Path, spread: int) -> None:
+    layout = Layout(spread, threads=1, in_turn=False)
+    async with linear_floor(model, [BlockSpan(0, 2), BlockSpan(2, 4)], layout) as floor:
         way = await floor.choose(4, 8, 3)
         assert await way.seconds() > 0
 

@@ -19,7 +19,7 @@ WAYS = ("queue-proxy", "ingress, queue-proxy", "ingress, activator, queue-proxy"
 # figure -> names that its JSON lines must have
 EXPECTED = {
     "hop": ["hop 10 KB p50", "hop 10 KB p99", "hop 16 MB p50", "hop 16 MB p99"],
-    "latency": ["82M, generate, 2 threads", "82M, 2 stages, 1 thread each", "82M, 4 stages, 1 thread each"],
+    "latency": ["82M, generate, 2 threads", "82M, 2 stages, 2 threads each", "82M, 4 stages, 2 threads each"],
     "throughput": [
         *(
             f"{count} at once{what}"

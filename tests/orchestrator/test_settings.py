@@ -75,7 +75,8 @@ def test_mode_later_needs_a_file_and_a_sink() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [({}, 192), ({"lane_width": "8"}, 24), ({"batch_requests_max": "5"}, 5)]
+    ("flags", "expected"),
+    [({}, 192), ({"lane_width": "8"}, 24), ({"spread": "1"}, 128), ({"batch_requests_max": "5"}, 5)],
 )
 def test_batches_may_fill_the_chain_and_a_lane_more(flags: dict[str, str], expected: int) -> None:
     stages = {**GIVEN, "stage_urls": "http://a,http://b"}

@@ -23,6 +23,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from knative.resources.documents import read_documents
+
 ROOT = Path(__file__).resolve().parents[3]
 FREE_PORTS = ("--port", "0", "--grpc-port", "0")
 WAIT_S = 120  # against hangs
@@ -270,6 +272,39 @@ def test_a_plan_file_decides_the_stages_whatever_the_log_folder_holds(
     with serving("--plan", file, "--log-dir", tmp_path) as running:
         assert [stage["service"] for stage in running.facts["stages"]] == [f"tiny-stage-{index}" for index in range(3)]
         assert running.end(signal.SIGTERM) == (0, "")
+
+
+def test_stages_that_share_all_cores_take_turns_at_them(serving: Callable[..., Any], tmp_path: Path) -> None:
+    """One lane is kept full then, and no other is opened beside it for replicas that cannot come."""
+    cores = len(os.sched_getaffinity(0))
+    with serving("--device", "cpu", "--threads", cores, "--log-dir", tmp_path) as running:
+        assert running.end(signal.SIGTERM) == (0, "")
+    stages, front = _environments(tmp_path)
+    assert {stage["STAGE_THREADS"] for stage in stages} == {str(cores)}
+    assert {stage["STAGE_CORES_LOCK"] for stage in stages} == {str(tmp_path / "cores.lock")}
+    assert {name: front[f"ORCHESTRATOR_{name}"] for name in ("SPREAD", "LANE_AGE_S", "LANE_WIDTH")} == {
+        "SPREAD": "1", "LANE_AGE_S": "0", "LANE_WIDTH": "256",
+    }  # fmt: skip
+
+
+def test_stages_with_cores_of_their_own_compute_at_once(serving: Callable[..., Any], tmp_path: Path) -> None:
+    with serving("--threads", 1, "--spread", 2, "--max-scale", 3, "--log-dir", tmp_path) as running:
+        assert running.end(signal.SIGTERM) == (0, "")
+    stages, front = _environments(tmp_path)
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not any("STAGE_CORES_LOCK" in stage for stage in stages)
+    # as many as there are stages, which the orchestrator takes by itself
+    assert not {"ORCHESTRATOR_SPREAD", "ORCHESTRATOR_LANE_AGE_S", "ORCHESTRATOR_LANE_WIDTH"} & set(front)
+
+
+def _environments(folder: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Of the stages and of the orchestrator, as the manifests of an `up` in two stages have them."""
+    found = []
+    for name in ("stage-0", "stage-1", "orchestrator"):
+        (service,) = read_documents(folder / "manifests" / f"{name}.yaml")
+        (container,) = dict(service.value)["spec"]["template"]["spec"]["containers"]
+        found.append({one["name"]: one["value"] for one in container["env"]})
+    return found[:2], found[2]
 
 
 @pytest.mark.parametrize("option", ["--port", "--grpc-port", "--metrics-port"])

@@ -100,6 +100,15 @@ def test_each_stage_is_told_its_blocks_and_its_share(deployment: Deployment, tin
     assert "STAGE_KV_SHARE" not in env
 
 
+def test_stages_on_the_same_cores_are_told_to_take_turns(deployment: Deployment) -> None:
+    in_turn = replace(deployment, spread=1, lane_age_s=0, cores_lock="/tmp/cores.lock")
+    envs = [dict(one.template.container.env) for one in parsed(local_manifests(in_turn)).resources[1:]]
+    assert [env.get("STAGE_CORES_LOCK") for env in envs] == ["/tmp/cores.lock", "/tmp/cores.lock", None]
+    assert (envs[2]["ORCHESTRATOR_SPREAD"], envs[2]["ORCHESTRATOR_LANE_AGE_S"]) == ("1", "0")
+    plain = [dict(one.template.container.env) for one in parsed(local_manifests(deployment)).resources[1:]]
+    assert not {"STAGE_CORES_LOCK", "ORCHESTRATOR_SPREAD", "ORCHESTRATOR_LANE_AGE_S"} & {n for env in plain for n in env}
+
+
 def test_the_files_hold_the_objects_in_order(deployment: Deployment, tmp_path: Path) -> None:
     written = write_local(deployment, tmp_path / "new" / "folder")
     assert [path.name for path in written] == [
