@@ -138,7 +138,8 @@ class Service:
         started_s = time.monotonic()
         try:
             with record:
-                async with aclosing(_side_by_side(self, choices)) as pieces:
+                several = len(choices) > 1
+                async with aclosing(_side_by_side(self, choices) if several else _one(self, choices[0], 0)) as pieces:
                     async for piece in pieces:
                         record.token(piece.index)
                         if piece.finish:
@@ -195,11 +196,6 @@ async def _one(service: Service, choice: Choice, index: int) -> AsyncGenerator[P
 
 
 async def _side_by_side(service: Service, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
-    if len(choices) == 1:
-        async with aclosing(_one(service, choices[0], 0)) as only:
-            async for piece in only:
-                yield piece
-        return
     queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(service, choice, i, queue)) for i, choice in enumerate(choices)]
     try:

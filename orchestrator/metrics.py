@@ -41,6 +41,7 @@ class RequestRecord:
         self._about = dict(about)
         self._request_id = request_id
         self._choices = choices
+        self._inter_token_s = INTER_TOKEN_S.labels(model)  # looked up once, not for each token
         self._started_s = time.perf_counter()
         self._first_s: float | None = None
         self._last_s: dict[int, float] = {}
@@ -55,7 +56,7 @@ class RequestRecord:
             self._first_s = now_s
             FIRST_TOKEN_S.labels(self._labels["model"]).observe(now_s - self._started_s)
         if choice in self._last_s:
-            INTER_TOKEN_S.labels(self._labels["model"]).observe(now_s - self._last_s[choice])
+            self._inter_token_s.observe(now_s - self._last_s[choice])
         self._last_s[choice] = now_s
         self.completion_tokens += 1
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -51,19 +51,27 @@ Replies = CompletionReplies | ChatReplies
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events made from `pieces`, which are closed whatever becomes of the connection."""
+class EventStream(Response):
+    """Server-sent events made from `pieces`, which are closed whatever becomes of the connection.
+
+    Watches no connection: `HttpGuard` does, and cancels."""
+
+    media_type = "text/event-stream"
 
     def __init__(
         self, events: AsyncGenerator[bytes, None], pieces: AsyncGenerator[Piece, None], headers: Mapping[str, str]
     ) -> None:
-        super().__init__(events, headers={**headers, "cache-control": "no-store"}, media_type="text/event-stream")
+        super().__init__(headers={**headers, "cache-control": "no-store"})
+        del self.headers["content-length"]  # nobody knows it yet
         self._events = events
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for events in self._events:
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()
             await self._pieces.aclose()
@@ -182,12 +190,12 @@ async def _events(
     count = 1
     async with aclosing(pieces):
         try:
-            for chunk in replies.chunks(first):
-                yield event(chunk)
+            if events := replies.events(first):
+                yield events
             async for piece in pieces:
                 count += 1
-                for chunk in replies.chunks(piece):
-                    yield event(chunk)
+                if events := replies.events(piece):
+                    yield events
         except Exception as error:
             yield error_event(as_generation_error(error))
             return

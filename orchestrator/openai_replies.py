@@ -1,6 +1,9 @@
 """Answers of the OpenAI endpoints, built from the `openai` package's own types. Pure.
 
 Members are set one by one and the unset ones left out, so that required nulls (finish_reason, logprobs) stay.
+
+Building and writing such an object takes longer than everything else that a streamed token needs. A chunk that brings
+nothing but text differs from the one before only there, so it is written once for each choice, and texts are put in.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from orchestrator.tokenizer import Tokenizer
 _TYPES = {429: "rate_limit_error", 503: "service_unavailable_error", 500: "server_error", 502: "server_error"}
 DONE = b"data: [DONE]\n\n"
 
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
+
 
 def error_body(error: GenerationError) -> dict[str, Any]:
     kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
@@ -53,8 +58,42 @@ def error_event(error: GenerationError) -> bytes:
     return b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
 
 
+@dataclass(frozen=True, slots=True)
+class TextFrame:
+    """The event of a chunk that brings nothing but text: the bytes before the text, and those after it."""
+
+    before: bytes
+    after: bytes
+
+    @classmethod
+    def of(cls, chunk: BaseModel, member: str) -> TextFrame:
+        """From a chunk whose `member`, the one for the text, is empty."""
+        # quotes within texts are escaped, so this is found nowhere else
+        before, found, after = event(chunk).partition(f'"{member}":""'.encode())
+        return cls(before + found.removesuffix(b'""'), after)
+
+    def event(self, text: str) -> bytes:
+        return self.before + _as_json(text).encode() + self.after
+
+
+class _Streamed:
+    """What pieces become in a stream."""
+
+    _frames: dict[int, TextFrame]  # by choice, as soon as text alone is all that is left to say
+
+    def events(self, piece: Piece) -> bytes:
+        """Those of one piece, often one; none where text is held back (half a character, half a stop text)."""
+        frame = self._frames.get(piece.index)
+        if frame is not None and piece.finish is None:
+            return frame.event(piece.text) if piece.text else b""
+        return b"".join(map(event, self.chunks(piece)))
+
+    def chunks(self, piece: Piece) -> list[BaseModel]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class CompletionReplies:
+class CompletionReplies(_Streamed):
     """Replies to one completion request; one object a request, as it knows what was said already."""
 
     request: CompletionRequest
@@ -63,6 +102,7 @@ class CompletionReplies:
     id: str
     created_s: int
     _begun: set[int] = field(default_factory=set)
+    _frames: dict[int, TextFrame] = field(default_factory=dict)
 
     def whole(self, answers: Sequence[Answer]) -> Completion:
         choices = [self._choice(i, a.text, a.tokens, a.offsets, a.finish, first=True) for i, a in enumerate(answers)]
@@ -70,17 +110,22 @@ class CompletionReplies:
         return self._reply(choices, usage=_usage(self.work, count))
 
     def chunks(self, piece: Piece) -> list[BaseModel]:
-        """None or one: text that is held back (half a character, half a stop text) makes no chunk."""
+        """None or one."""
         first = piece.index not in self._begun
         detailed = self.request.logprobs is not None or self.request.return_token_ids
         if not (piece.text or piece.finish or detailed or (first and self.request.echo)):
             return []
         self._begun.add(piece.index)
-        choice = self._choice(piece.index, piece.text, [piece.token], [piece.offset], piece.finish, first=first)
-        return [self._reply([choice], **_no_usage(self.request))]
+        if not detailed:
+            self._frames[piece.index] = TextFrame.of(self._chunk(Piece(piece.index, piece.token, "", 0)), "text")
+        return [self._chunk(piece, first=first)]
 
     def usage(self, completion_tokens: int) -> BaseModel:
         return self._reply([], usage=_usage(self.work, completion_tokens))
+
+    def _chunk(self, piece: Piece, *, first: bool = False) -> Completion:
+        choice = self._choice(piece.index, piece.text, [piece.token], [piece.offset], piece.finish, first=first)
+        return self._reply([choice], **_no_usage(self.request))
 
     def _choice(
         self, index: int, text: str, tokens: Sequence[Token], offsets: Sequence[int], finish: str | None, *, first: bool
@@ -110,7 +155,7 @@ class CompletionReplies:
 
 
 @dataclass(frozen=True)
-class ChatReplies:
+class ChatReplies(_Streamed):
     """Replies to one chat request; one object a request, as it knows what was said already."""
 
     request: ChatRequest
@@ -119,6 +164,7 @@ class ChatReplies:
     id: str
     created_s: int
     _begun: set[int] = field(default_factory=set)
+    _frames: dict[int, TextFrame] = field(default_factory=dict)
 
     def whole(self, answers: Sequence[Answer]) -> ChatCompletion:
         choices = [
@@ -147,11 +193,14 @@ class ChatReplies:
     def chunks(self, piece: Piece) -> list[BaseModel]:
         """The role before the first text, the finish reason after the last."""
         made: list[BaseModel] = []
+        detailed = self.request.logprobs or self.request.return_token_ids
         if piece.index not in self._begun:
             first = not self._begun
             self._begun.add(piece.index)
             made.append(self._chunk(piece.index, {"role": "assistant", "content": ""}, first=first))
-        if piece.text or self.request.logprobs or self.request.return_token_ids:
+            if not detailed:
+                self._frames[piece.index] = TextFrame.of(self._chunk(piece.index, {"content": ""}), "content")
+        if piece.text or detailed:
             made.append(self._chunk(piece.index, {"content": piece.text}, tokens=[piece.token]))
         if piece.finish:
             made.append(self._chunk(piece.index, {}, finish=piece.finish))

@@ -74,6 +74,8 @@ class StopScanner:
         """What may be shown now. After a stop `stopped` is true, and nothing more comes."""
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import tokenizers
@@ -34,6 +34,7 @@ class Tokenizer:
     eos_ids: frozenset[int]
     chat_template: str | None
     byte_level: bool = False  # pieces spell bytes in GPT-2's alphabet
+    _alone: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)  # texts of single tokens
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises TokenizerError for text that is not Unicode (half a surrogate pair) and without tokenizer.json."""
@@ -46,7 +47,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens; "" without tokenizer.json, so that ids can be served alone."""
-        return self.backend.decode(list(ids), skip_special_tokens=True) if self.backend is not None else ""
+        if self.backend is None:
+            return ""
+        if len(ids) != 1:
+            return str(self.backend.decode(list(ids), skip_special_tokens=True))
+        # detokenizing asks for them again and again
+        text = self._alone.get(ids[0])
+        if text is None:
+            text = self._alone[ids[0]] = self.backend.decode([ids[0]], skip_special_tokens=True)
+        return text
 
     def token_bytes(self, token: int) -> bytes | None:
         """The bytes that a token stands for, also where they are only a part of a character; None if unknown."""
@@ -70,7 +79,7 @@ class Tokenizer:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
     def is_special(self, token: int) -> bool:
-        return self.backend is not None and self.backend.decode([token], skip_special_tokens=True) == ""
+        return self.backend is not None and self.decode([token]) == ""
 
     def _need(self) -> tokenizers.Tokenizer:
         if self.backend is None:
