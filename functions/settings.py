@@ -53,7 +53,6 @@ class StageSettings(BaseSettings):
     claims: str = Field("", description="folder or URL for data too large for a broker; all stages have the same")
     claim_bytes: int = Field(48 << 10, ge=0, description="score events with more data refer to a claim")
     claim_age_s: float = Field(86_400, gt=0, description="seconds after which claims are removed, used or not")
-    cores_lock: str = Field("", description="file that stages on the same cores lock while they compute")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its default, at most the CPU limit")
     cores_lock: str = Field(
         "", description="file that stages on the same cores share; one that computes holds a lock on it"

@@ -106,7 +106,8 @@ def test_stages_on_the_same_cores_are_told_to_take_turns(deployment: Deployment)
     assert [env.get("STAGE_CORES_LOCK") for env in envs] == ["/tmp/cores.lock", "/tmp/cores.lock", None]
     assert (envs[2]["ORCHESTRATOR_SPREAD"], envs[2]["ORCHESTRATOR_LANE_AGE_S"]) == ("1", "0")
     plain = [dict(one.template.container.env) for one in parsed(local_manifests(deployment)).resources[1:]]
-    assert not {"STAGE_CORES_LOCK", "ORCHESTRATOR_SPREAD", "ORCHESTRATOR_LANE_AGE_S"} & {n for env in plain for n in env}
+    names = {name for env in plain for name in env}
+    assert not {"STAGE_CORES_LOCK", "ORCHESTRATOR_SPREAD", "ORCHESTRATOR_LANE_AGE_S"} & names
 
 
 def test_the_files_hold_the_objects_in_order(deployment: Deployment, tmp_path: Path) -> None:
