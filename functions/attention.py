@@ -197,7 +197,7 @@ class _Pages:
         index = np.zeros((len(group), max(ends)), dtype=np.int64)
         for row, (i, end) in enumerate(zip(group, ends, strict=True)):
             index[row, :end] = _pool_rows(self._pages[i], 0, end)
-            index[row, end:] = index[row, 0]  # its own: no weight times another's NaN is NaN
+            index[row, end:] = index[row, 0]  # its own row: zero times another's NaN would be NaN
         rows = torch.from_numpy(self._layout.rows[group].astype(np.int64))
         return _Padded(rows.to(device), torch.from_numpy(index).to(device), torch.tensor(ends, device=device))
 

@@ -44,6 +44,28 @@ def test_run_once_serves_answers_and_ends(root: Path, bin_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changed", "install", "build"),
+    [
+        (None, False, False),
+        ("functions/paged_attention.c", False, True),
+        ("functions/paged_attention_row.h", False, True),
+        ("tools/build_kernel.py", False, True),
+        ("pyproject.toml", True, True),
+        ("constraints.txt", True, True),
+    ],
+)
+def test_what_a_change_makes_anew(root: Path, tmp_path: Path, changed: str | None, install: bool, build: bool) -> None:
+    """Sources in C are compiled without installing everything again."""
+    for name in (".packages", ".installed"):
+        (tmp_path / name).touch()
+    argv = ["make", "-n", "lint", f"VENV={tmp_path}", *(["-W", changed] if changed else [])]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=root, env=env, check=True)
+    assert ("pip install" in done.stdout) == install
+    assert ("tools/build_kernel.py" in done.stdout) == build
+
+
+@pytest.mark.parametrize(
     ("variable", "option"),
     [
         ("MODEL=./mine", "up ./mine "),
