@@ -49,7 +49,7 @@ def test_run_once_serves_answers_and_ends(root: Path, bin_folder: Path) -> None:
         (None, False, False),
         ("functions/paged_attention.c", False, True),
         ("functions/paged_attention_row.h", False, True),
-        ("tools/build_kernel.py", False, True),
+        ("tools/build_kernels.py", False, True),
         ("pyproject.toml", True, True),
         ("constraints.txt", True, True),
     ],
@@ -62,7 +62,7 @@ def test_what_a_change_makes_anew(root: Path, tmp_path: Path, changed: str | Non
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(argv, capture_output=True, text=True, cwd=root, env=env, check=True)
     assert ("pip install" in done.stdout) == install
-    assert ("tools/build_kernel.py" in done.stdout) == build
+    assert ("tools/build_kernels.py" in done.stdout) == build
 
 
 @pytest.mark.parametrize(
