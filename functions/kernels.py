@@ -1,4 +1,4 @@
-"""The compiled kernels of a stage on a CPU (`paged_attention.c`, `packed_linear.c`), where they could be built.
+"""The compiled kernels of a stage on a CPU (the C files beside this module), where they could be built.
 
 They are an optional part of the installation: without a C compiler torch computes the same, slower. The threads are
 those of torch, whose OpenMP library is in the process already when this one is loaded.
@@ -51,6 +51,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.paged_attention.argtypes = [_POINTER, _POINTER]
     library.packed_linear.argtypes = [_POINTER]
     library.pack_linear.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_int32]
-    for function in (library.paged_attention, library.packed_linear, library.pack_linear):
+    library.rms_norm.argtypes = [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_float]
+    for function in (library.paged_attention, library.packed_linear, library.pack_linear, library.rms_norm):
         function.restype = None
     return library

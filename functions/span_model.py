@@ -27,6 +27,7 @@ from functions import linears
 from functions.attention import Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
 from functions.contract.spans import BlockSpan
+from functions.norms import replace_norms
 from functions.quantize import Quantization, quantise
 from functions.weights import load_weights
 
@@ -118,11 +119,12 @@ class SpanModel:
         return linears.watched_inputs(self._model)
 
     def pack_linears(self, groups: list[list[str]]) -> bool:
-        """Packs the linear layers; whether there is a kernel for them."""
+        """Packs the linear layers and replaces the norms; whether there are kernels for this model."""
         if not linears.can_be_packed(self._model):
             return False
         with torch.inference_mode():
             linears.pack(self._model, groups)
+            replace_norms(self._model)
         return True
 
     @property
