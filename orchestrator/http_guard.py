@@ -18,6 +18,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+SEND = "stagecraft.send"  # in the scope: the way out that leaves aside the middlewares behind this one
 ErrorBody = Callable[[str, GenerationError], dict[str, Any]]  # path, error -> JSON body
 
 
@@ -71,6 +72,7 @@ class HttpGuard:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
+        scope[SEND] = send
         work = asyncio.ensure_future(self._app(scope, replay, send))
         watcher = asyncio.create_task(watch())
         try:

@@ -6,6 +6,7 @@ methods too. (KServe's own OpenAI routes need vLLM installed.)
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -22,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from orchestrator.choices import Piece, Service, as_generation_error, collect
 from orchestrator.generation import GenerationError, Priority
+from orchestrator.http_guard import SEND
 from orchestrator.openai_replies import (
     DONE,
     ChatReplies,
@@ -69,12 +71,16 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for events in self._events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+            # a task of its own: what waits here is woken through all frames around it, two dozen of Starlette's
+            await asyncio.create_task(self._stream(scope.get(SEND, send)))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()
             await self._pieces.aclose()
+
+    async def _stream(self, send: Send) -> None:
+        async for events in self._events:
+            await send({"type": "http.response.body", "body": events, "more_body": True})
 
 
 @dataclass(frozen=True, slots=True)

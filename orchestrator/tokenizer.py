@@ -34,7 +34,7 @@ class Tokenizer:
     eos_ids: frozenset[int]
     chat_template: str | None
     byte_level: bool = False  # pieces spell bytes in GPT-2's alphabet
-    # texts of single tokens
+    # texts of tokens by themselves, as they are asked for
     _alone: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
