@@ -14,7 +14,7 @@ from orchestrator.generation import GenerationError, GenerationRequest, Priority
 NEW_TOKENS = 12
 LONG = 80  # tokens of a generation that is still running whatever else the test does
 HALVES = ["0:2", "2:4"]
-KV_TOKENS = 200
+KV_TOKENS = 160
 KV_BYTES_MAX = str(KV_TOKENS * 256)  # 2 blocks, keys and values, 2 heads of 8 floats
 ONE = ChainSettings(lanes_max=1, lane_width=1)
 
@@ -81,8 +81,8 @@ async def test_no_batch_is_let_in_while_an_interactive_request_waits_for_memory(
 async def test_batches_leave_memory_free_while_there_is_interactive_load(
     start_stages: Any, open_chain: Any, prompts: Any, whole_model: Any
 ) -> None:
-    """Beside an interactive sequence of 100 tokens with its slack, one batch sequence of 36 fits into three quarters of
-    200; without it five would."""
+    """Beside an interactive sequence of 88 tokens in whole pages, one batch sequence of 24 fits into three quarters of
+    160; without it five would."""
     settings = ChainSettings(batch_alone_after_s=0)
     chain = await open_chain(start_stages("llama", HALVES, STAGE_KV_BYTES_MAX=KV_BYTES_MAX), settings)
     alone = Crowd(chain)
@@ -108,12 +108,12 @@ async def test_batches_get_all_some_time_after_the_last_interactive_request(
     start_stages: Any, open_chain: Any, answer: Any
 ) -> None:
     stages = start_stages("llama", HALVES, STAGE_KV_BYTES_MAX=KV_BYTES_MAX)
-    for after_s, expected in ((1000, 4), (0, 5)):
+    for after_s, expected in ((1000, 5), (0, 6)):
         chain = await open_chain(stages, ChainSettings(batch_alone_after_s=after_s))
         await answer(chain, [1], 1)
         await _empty(chain)
         crowd = Crowd(chain)
-        for number in range(6):
+        for number in range(7):
             await crowd.add(str(number), request_of([number + 1] * 8, "batch"))
         assert _running(chain) == expected
         await crowd.finish()
