@@ -26,6 +26,7 @@ class Flight:
 
     step: Step
     sequences: Items[Sequence]
+    asks: bool  # for a sample
     passed: int = 0  # stages that have answered it
     ended: bool = False
     samples: Items[Sampled] | None = None
@@ -33,10 +34,12 @@ class Flight:
 
 
 class Window:
-    """At most `size` steps, each but the last with its chunk of a prompt in another stage."""
+    """As many steps as there are stages to keep busy (`spread`), each in another. One more may wait between stages, so
+    that a stage which is done early need not wait for the slowest; but not where a sequence waits for its token, which
+    would then be a step further away."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, spread: int) -> None:
+        self._spread = spread
         self._flights: deque[Flight] = deque()
 
     def __len__(self) -> int:
@@ -47,15 +50,18 @@ class Window:
         """Whether another step may follow: all went well so far, and the first stage is free."""
         if not self._flights:
             return True
-        free = len(self._flights) < self._size and self._flights[-1].passed > 0
-        return free and not any(flight.error for flight in self._flights)
+        if self._flights[-1].passed == 0 or any(flight.error for flight in self._flights):
+            return False
+        ahead = self._spread > 1 and not any(flight.asks for flight in self._flights)
+        return len(self._flights) < self._spread + ahead
 
     def send(self, sequences: Items[Sequence], tokens_max: int) -> Flight | None:
         """The lane's next step, from now on on its way. None if there is none to be sent now."""
-        planned = lanes.next_step(sequences, tokens_max, self._size, beside_others=bool(self._flights))
+        planned = lanes.next_step(sequences, tokens_max, self._spread, beside_others=bool(self._flights))
         if planned is None:
             return None
-        flight = Flight(*planned)
+        step, chosen = planned
+        flight = Flight(step, chosen, asks=any(piece.sample for piece in step.slices))
         for sequence, piece in zip(flight.sequences, flight.step.slices, strict=True):
             sequence.sent = piece.start + piece.length
             sequence.in_flight += 1
