@@ -35,7 +35,9 @@ def kernels() -> ctypes.CDLL | None:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.paged_attention.argtypes = [_POINTER, _POINTER]
     library.packed_linear.argtypes = [_POINTER]
-    library.pack_linear.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_int32]
-    for function in (library.paged_attention, library.packed_linear, library.pack_linear):
+    packers = (library.pack_linear, library.pack_linear_int8)
+    for pack in packers:
+        pack.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_int32]
+    for function in (library.paged_attention, library.packed_linear, *packers):
         function.restype = None
     return library
