@@ -78,9 +78,7 @@ class Panels:
         library = kernels()
         assert library is not None
         fill = library.pack_linear_int8 if weight.dtype == torch.int8 else library.pack_linear
-        fill(
-            weight.data_ptr(), self._panels.data_ptr(), self.inputs, weight.shape[0], first, torch.get_num_threads()
-        )
+        fill(weight.data_ptr(), self._panels.data_ptr(), self.inputs, weight.shape[0], first, torch.get_num_threads())
 
 
 class _Shared:
@@ -120,6 +118,11 @@ class PackedLinear(nn.Module):
         return self._shared.part(states, self._first, self._first + self.out_features)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a plain linear layer, not one of a class derived from it."""
+    return type(module) in (nn.Linear, Int8Linear)
+
+
 @contextmanager
 def watched_inputs(model: nn.Module) -> Iterator[list[list[str]]]:
     """Around a pass of the model. Afterwards the list holds the paths of its linear layers, those together that were
@@ -139,7 +142,7 @@ def watched_inputs(model: nn.Module) -> Iterator[list[list[str]]]:
     hooks = [
         module.register_forward_pre_hook(lambda _, args, path=path: note(path, args[0]))
         for path, module in model.named_modules()
-        if _is_linear(module)
+        if is_linear(module)
     ]
     try:
         yield groups
@@ -172,14 +175,10 @@ def pack(model: nn.Module, groups: Items[Items[str]]) -> None:
             fitting = {
                 path: layer
                 for path, layer in layers.items()
-                if _is_linear(layer) and layer.weight.dtype == dtype and owners[id(layer.weight)] == 1
+                if is_linear(layer) and layer.weight.dtype == dtype and owners[id(layer.weight)] == 1
             }
             if fitting:
                 _pack_group(model, fitting)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Int8Linear)
 
 
 def _pack_group(model: nn.Module, layers: dict[str, Any]) -> None:
