@@ -81,6 +81,7 @@ static Panel *best(int whole) { return whole ? whole_any : floats_any; }
 
 void packed_linear(const Linear *l)
 {
+    if (l->rows < 1) return;
     Panel *panel = best(l->scale != NULL);
     int panels = (l->outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(l->threads) if (l->threads > 1)

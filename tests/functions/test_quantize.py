@@ -1,4 +1,5 @@
-"""Weights of 8 bits: cuts and company change nothing, inputs stay as they are, memory shrinks, errors tell the reason."""
+"""Weights of 8 bits: cuts and company change nothing, inputs stay as they are, memory shrinks, errors say why."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
