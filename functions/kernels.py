@@ -14,22 +14,37 @@ from pathlib import Path
 
 import torch  # noqa: F401 (its OpenMP library comes first)
 
+NO_KERNELS = "STAGECRAFT_NO_KERNELS"
 _INT64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
-@cache
 def kernels() -> ctypes.CDLL | None:
-    """The library, loaded once; None where it is not there, or where STAGECRAFT_NO_KERNELS says so."""
-    if os.environ.get("STAGECRAFT_NO_KERNELS"):  # for tests and comparisons
-        return None
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_kernels{suffix}")
-        if path.exists():
-            try:
-                return _declared(ctypes.CDLL(str(path)))
-            except OSError:  # built for another system
-                return None
-    return None
+    """The library; None where it is not there, or where STAGECRAFT_NO_KERNELS says to do without."""
+    found = _found()
+    return None if isinstance(found, str) or os.environ.get(NO_KERNELS) else found
+
+
+def why_no_kernels() -> str | None:
+    """Why there is no library; None where there is one."""
+    if os.environ.get(NO_KERNELS):
+        return f"{NO_KERNELS} is set"
+    found = _found()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _found() -> ctypes.CDLL | str:
+    """The library, loaded once, or why there is none."""
+    paths = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    path = next(filter(Path.exists, paths), None)
+    if path is None:
+        return "the kernels are not built; with a C compiler, `python tools/build_kernels.py` builds them"
+    try:
+        # After torch: the libgomp.so.1 that its wheel brings is in memory by now, and the loader takes that one for
+        # ours too. So the threads are the same, and an image without a libgomp of its own will do.
+        return _declared(ctypes.CDLL(str(path)))
+    except OSError as error:
+        return f"the kernels cannot be loaded: {error}"
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -42,6 +42,9 @@ class Panels:
     """The weights of one layer, or of several with the same input and of the same dtype, one after another."""
 
     def __init__(self, layers: Items[Layer]) -> None:
+        library = kernels()
+        assert library is not None  # see `can_be_packed`
+        self._library = library
         self.inputs = layers[0].in_features
         self.outputs = sum(layer.out_features for layer in layers)
         panels = -(-self.outputs // _PANEL)
@@ -60,8 +63,6 @@ class Panels:
 
     def product(self, states: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs], computed in float32. For one thread at a time."""
-        library = kernels()
-        assert library is not None  # there are panels only where it is there
         rows = states.reshape(-1, self.inputs)
         if rows.stride(-1) != 1 or rows.dtype != torch.float32:
             rows = rows.float().contiguous()
@@ -69,15 +70,13 @@ class Panels:
         call = self._call
         call.x, call.y, call.rows, call.x_row = rows.data_ptr(), result.data_ptr(), rows.shape[0], rows.stride(0)
         call.threads = torch.get_num_threads()
-        library.packed_linear(ctypes.byref(call))
+        self._library.packed_linear(ctypes.byref(call))
         if self._bias is not None:
             result += self._bias
         return result.to(states.dtype).view(*states.shape[:-1], self.outputs)
 
     def _fill(self, weight: torch.Tensor, first: int) -> None:
-        library = kernels()
-        assert library is not None
-        fill = library.pack_linear_int8 if weight.dtype == torch.int8 else library.pack_linear
+        fill = self._library.pack_linear_int8 if weight.dtype == torch.int8 else self._library.pack_linear
         fill(weight.data_ptr(), self._panels.data_ptr(), self.inputs, weight.shape[0], first, torch.get_num_threads())
 
 

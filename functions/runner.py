@@ -21,6 +21,7 @@ from functions.contract.errors import WrongPosition
 from functions.contract.messages import Opening, Slice
 from functions.contract.sampling import SamplingParams
 from functions.contract.spans import BlockSpan
+from functions.kernels import why_no_kernels
 from functions.kv_cache import KvPool, Sequence
 from functions.quantize import Quantization
 from functions.span_model import SpanModel, load_span
@@ -93,7 +94,7 @@ def _tell_slow(quantization: Quantization, packed: bool) -> None:
     if quantization != "none" and not packed:
         log.info(
             "quantised_layers_by_torch",
-            reason="the compiled kernel for them is not there, or does not run on this device or model",
+            reason=why_no_kernels() or "the kernel does not run on this device, or not for this model",
             effect="they save memory, but are slower than layers of floats",
         )
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from functions import kernels, linears
+from functions import linears
 from functions.contract.checkpoint import Checkpoint, open_checkpoint
 from functions.contract.spans import BlockSpan
+from functions.kernels import NO_KERNELS, kernels
 from functions.linears import Layer, PackedLinear, Panels, pack, watched_inputs
 from functions.quantize import Int8Linear
 from functions.runner import PackedRunner, load_runner
@@ -28,7 +29,7 @@ ROWS = (*range(1, 31), 64, 200)
 SIDES = [(1, 1), (5, 33), (16, 32), (48, 31), (50, 100), (129, 64)]  # inputs, outputs
 PAGE_BYTES = 4096
 
-needs_kernel = pytest.mark.skipif(kernels.kernels() is None, reason="the compiled kernels are not installed")
+needs_kernel = pytest.mark.skipif(kernels() is None, reason="the compiled kernels are not installed")
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = True, int8: bool = False) -> Layer:
@@ -240,8 +241,7 @@ def test_other_classes_and_dtypes_stay() -> None:
 
 
 def test_without_the_kernel_nothing_is_packed(monkeypatch: pytest.MonkeyPatch, llama: Checkpoint) -> None:
-    monkeypatch.setenv("STAGECRAFT_NO_KERNELS", "1")
-    monkeypatch.setattr(linears, "kernels", kernels.kernels.__wrapped__)
+    monkeypatch.setenv(NO_KERNELS, "1")
     assert not linears.can_be_packed(linear(4, 4))
     runner = load(llama)
     assert isinstance(runner, PackedRunner)

@@ -13,10 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import functions.quantize
 import functions.weights
-from functions import linears
 from functions.contract.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from functions.contract.messages import Samples, Step
 from functions.contract.spans import BlockSpan
+from functions.kernels import NO_KERNELS
 from functions.quantize import Int8Linear, quantised
 from functions.runner import load_runner
 from functions.span_model import SpanModel, load_span
@@ -150,7 +150,7 @@ def test_logits_are_those_of_the_whole_model_with_such_weights(
     tied: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
 ) -> None:
     if not kernel:
-        monkeypatch.setattr(linears, "kernels", lambda: None)
+        monkeypatch.setenv(NO_KERNELS, "1")
     tokens = torch.arange(20)
     model = dequantised(tied, folder)
     with torch.inference_mode():
@@ -167,11 +167,13 @@ def test_packing_keeps_the_sum_of_the_weights(tied: Checkpoint, dtype: torch.dty
 
 
 def test_the_slow_way_is_told(tied: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "kernels", lambda: None)
+    monkeypatch.setenv(NO_KERNELS, "1")
     with structlog.testing.capture_logs() as lines:
         load_runner(tied, BlockSpan(0, 1), torch.float32, CPU, "int8")
         load_runner(tied, BlockSpan(0, 1), torch.float32, CPU)
-    assert [line["event"] for line in lines] == ["quantised_layers_by_torch"]
+    assert [(line["event"], line["reason"]) for line in lines] == [
+        ("quantised_layers_by_torch", f"{NO_KERNELS} is set")
+    ]
 
 
 def test_one_tensor_is_read_after_another(tied: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
