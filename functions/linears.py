@@ -1,11 +1,13 @@
-"""Linear layers in float32 on a CPU, packed for the kernel of `packed_linear.c`; those with the same input are one.
+"""Linear layers of float32 or int8 weights on a CPU, packed for the kernel of `packed_linear.c`; those with the same
+input are one.
 
     q_proj(x), k_proj(x), v_proj(x)    three layers, one product: the first computes all, the others return their part
     gate_proj(x), up_proj(x)           likewise
 
 Which layers share their input is found by watching a short run, not by their names. The kernel gives a row the same
-results, to the last bit, whatever rows are beside it. Where it is missing (no C compiler at installation), on a GPU and
-in other dtypes the layers stay as they are.
+results, to the last bit, whatever rows are beside it. It computes in float32: inputs in other dtypes, which only int8
+weights have, are converted and results converted back. Where it is missing (no C compiler at installation), on a GPU
+and for weights in other dtypes the layers stay as they are.
 """
 
 from __future__ import annotations
@@ -20,39 +22,47 @@ import torch
 from torch import nn
 
 from functions.kernels import kernels
+from functions.quantize import Int8Linear
+
+Layer = nn.Linear | Int8Linear
 
 _PANEL = 32  # outputs: PANEL of the C source
+_PACKED = (torch.float32, torch.int8)  # dtypes of weights
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "panels", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "panels", "scale", "y")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "x_row", "y_row")),
         ("threads", ctypes.c_int32),
     )
 
 
 class Panels:
-    """The weights of one layer, or of several with the same input, one after another."""
+    """The weights of one layer, or of several with the same input and of the same dtype, one after another."""
 
-    def __init__(self, layers: Items[nn.Linear]) -> None:
+    def __init__(self, layers: Items[Layer]) -> None:
         library = kernels()
         assert library is not None  # see `can_be_packed`
         self._library = library
         self.inputs = layers[0].in_features
         self.outputs = sum(layer.out_features for layer in layers)
         panels = -(-self.outputs // _PANEL)
-        self._panels = torch.empty((panels, self.inputs, _PANEL))
+        self._panels = torch.empty((panels, self.inputs, _PANEL), dtype=layers[0].weight.dtype)
         self._panels[-1].zero_()  # it may be filled in part only
+        self._scale = _joined_scale(layers, panels * _PANEL)
         self._bias = _joined_bias(layers)
-        self._call = _Call(None, self._panels.data_ptr(), None, 0, self.inputs, self.outputs, 0, self.outputs, 1)
+        self._call = _Call(
+            panels=self._panels.data_ptr(), scale=None if self._scale is None else self._scale.data_ptr(),
+            inputs=self.inputs, outputs=self.outputs, y_row=self.outputs,
+        )  # fmt: skip
         first = 0
         for layer in layers:
             self._fill(layer.weight.detach().contiguous(), first)
             first += layer.out_features
 
     def product(self, states: torch.Tensor) -> torch.Tensor:
-        """float32 [..., inputs] -> [..., outputs]. For one thread at a time."""
+        """[..., inputs] -> [..., outputs], computed in float32. For one thread at a time."""
         rows = states.reshape(-1, self.inputs)
         if rows.stride(-1) != 1 or rows.dtype != torch.float32:
             rows = rows.float().contiguous()
@@ -63,12 +73,11 @@ class Panels:
         self._library.packed_linear(ctypes.byref(call))
         if self._bias is not None:
             result += self._bias
-        return result.view(*states.shape[:-1], self.outputs)
+        return result.to(states.dtype).view(*states.shape[:-1], self.outputs)
 
     def _fill(self, weight: torch.Tensor, first: int) -> None:
-        self._library.pack_linear(
-            weight.data_ptr(), self._panels.data_ptr(), self.inputs, weight.shape[0], first, torch.get_num_threads()
-        )
+        fill = self._library.pack_linear_int8 if weight.dtype == torch.int8 else self._library.pack_linear
+        fill(weight.data_ptr(), self._panels.data_ptr(), self.inputs, weight.shape[0], first, torch.get_num_threads())
 
 
 class _Shared:
@@ -91,11 +100,13 @@ class _Shared:
 class PackedLinear(nn.Module):
     """Stands for a linear layer whose weights are in panels. `weight` tells shape and dtype and holds nothing."""
 
-    def __init__(self, layer: nn.Linear, panels: Panels, shared: _Shared | None = None, first: int = 0) -> None:
+    def __init__(self, layer: Layer, panels: Panels, shared: _Shared | None = None, first: int = 0) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
         self.bias = layer.bias
+        if isinstance(layer, Int8Linear):
+            self.scale = layer.scale
         self._panels = panels
         self._shared = shared
         self._first = first
@@ -106,6 +117,11 @@ class PackedLinear(nn.Module):
         return self._shared.part(states, self._first, self._first + self.out_features)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a plain linear layer, not one of a class derived from it."""
+    return type(module) in (nn.Linear, Int8Linear)
+
+
 @contextmanager
 def watched_inputs(model: nn.Module) -> Iterator[list[list[str]]]:
     """Around a pass of the model. Afterwards the list holds the paths of its linear layers, those together that were
@@ -113,7 +129,7 @@ def watched_inputs(model: nn.Module) -> Iterator[list[list[str]]]:
     groups: list[list[str]] = []
     held: list[torch.Tensor] = []  # all inputs, so that none is taken for another that came to lie in its place
 
-    def note(path: str, layer: nn.Linear, states: torch.Tensor) -> None:
+    def note(path: str, states: torch.Tensor) -> None:
         if path in (seen for group in groups for seen in group):
             return  # a layer that runs twice in a pass keeps to itself, see below
         if held and states is held[-1]:
@@ -123,9 +139,9 @@ def watched_inputs(model: nn.Module) -> Iterator[list[list[str]]]:
             groups.append([path])
 
     hooks = [
-        module.register_forward_pre_hook(lambda layer, args, path=path: note(path, layer, args[0]))
+        module.register_forward_pre_hook(lambda _, args, path=path: note(path, args[0]))
         for path, module in model.named_modules()
-        if type(module) is nn.Linear
+        if is_linear(module)
     ]
     try:
         yield groups
@@ -141,7 +157,7 @@ def can_be_packed(model: nn.Module) -> bool:
         kernels() is not None
         and bool(weights)
         and all(weight.device.type == "cpu" for weight in weights)
-        and any(weight.dtype == torch.float32 for weight in weights)
+        and any(weight.dtype in _PACKED for weight in weights)
     )
 
 
@@ -153,14 +169,15 @@ def pack(model: nn.Module, groups: Items[Items[str]]) -> None:
         for weight in module.parameters(recurse=False):
             owners[id(weight)] = owners.get(id(weight), 0) + 1
     for group in groups:
-        layers = {path: model.get_submodule(path) for path in group}
-        fitting = {
-            path: layer
-            for path, layer in layers.items()
-            if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and owners[id(layer.weight)] == 1
-        }
-        if fitting:
-            _pack_group(model, fitting)
+        for dtype in _PACKED:
+            layers = {path: model.get_submodule(path) for path in group}
+            fitting = {
+                path: layer
+                for path, layer in layers.items()
+                if is_linear(layer) and layer.weight.dtype == dtype and owners[id(layer.weight)] == 1
+            }
+            if fitting:
+                _pack_group(model, fitting)
 
 
 def _pack_group(model: nn.Module, layers: dict[str, Any]) -> None:
@@ -173,8 +190,17 @@ def _pack_group(model: nn.Module, layers: dict[str, Any]) -> None:
         first += layer.out_features
 
 
-def _joined_bias(layers: Items[nn.Linear]) -> torch.Tensor | None:
+def _joined_scale(layers: Items[Layer], length: int) -> torch.Tensor | None:
+    """float32 [length], of all outputs and what fills the last panel."""
+    parts = [layer.scale.detach() for layer in layers if isinstance(layer, Int8Linear)]
+    if not parts:
+        return None
+    scale = torch.cat(parts)
+    return torch.cat([scale, scale.new_zeros(length - len(scale))])
+
+
+def _joined_bias(layers: Items[Layer]) -> torch.Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
     parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
-    return torch.cat(parts)
+    return torch.cat(parts).float()

@@ -1,8 +1,11 @@
-/* y = x W^T in float32 on a CPU, for few rows as well as for many, with W packed in panels.
+/* y = x W^T in float32 on a CPU, for few rows as well as for many, with W packed in panels, of floats or of int8.
  *
  * A panel holds 32 outputs, input by input, so that the inner loop reads it from front to back, whatever the number of
  * rows: a single row is as fast as memory, and some dozens are near what the processor can multiply. Each result is
  * summed up over the inputs in one order, so a row's results do not depend on the rows beside it, to the last bit.
+ *
+ * Weights of int8 have a scale for each output. They become floats on their way into the registers, the sums are
+ * multiplied by the scale at the end. Inputs are not rounded.
  */
 
 #include <stdint.h>
@@ -10,13 +13,24 @@
 
 #define PANEL 32
 #define LANES 16
+#define CACHE_LINE 64 /* bytes */
 #define INLINE static inline __attribute__((always_inline))
 
 /* Sixteen floats at a time; the compiler makes of it what the processor has. */
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef int8_t Whole __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int16_t Wider __attribute__((vector_size(LANES * sizeof(int16_t))));
+typedef int32_t Widest __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+/* Sixteen int8 as floats, step by step: GCC takes a longer one for each number by itself. */
+#define CONVERTED(at) \
+    __builtin_convertvector( \
+        __builtin_convertvector(__builtin_convertvector(*(const Whole *)(at), Wider), Widest), Lanes)
 
 typedef struct {
-    const float *x, *panels;
+    const float *x;
+    const void *panels;
+    const float *scale; /* of each output, to the end of the last panel; NULL: the panels hold floats, else int8 */
     float *y;
     int64_t rows, inputs, outputs, x_row, y_row; /* x_row, y_row: floats from one row to the next */
     int32_t threads;
@@ -24,6 +38,7 @@ typedef struct {
 
 typedef void Panel(const Linear *l, int index);
 
+#define FLOATS(at) CONVERTED(at)
 #define NAME(name) name##_any
 #define ROWS_MAX 2
 #include "packed_linear_rows.h"
@@ -42,6 +57,9 @@ typedef void Panel(const Linear *l, int index);
 
 #pragma GCC push_options
 #pragma GCC target("arch=skylake-avx512,prefer-vector-width=512")
+#include <immintrin.h> /* here, so that its functions are compiled for the same processor */
+#undef FLOATS /* in two instructions, which GCC does not find */
+#define FLOATS(at) (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at))))
 #define NAME(name) name##_avx512
 #define ROWS_MAX 12
 #include "packed_linear_rows.h"
@@ -49,39 +67,53 @@ typedef void Panel(const Linear *l, int index);
 #undef ROWS_MAX
 #pragma GCC pop_options
 
-static Panel *best(void)
+static Panel *best(int whole)
 {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw"))
-        return panel_avx512;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? panel_avx2 : panel_any;
+        return whole ? whole_avx512 : floats_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return whole ? whole_avx2 : floats_avx2;
+    return whole ? whole_any : floats_any;
 }
 #else
-static Panel *best(void) { return panel_any; }
+static Panel *best(int whole) { return whole ? whole_any : floats_any; }
 #endif
 
 void packed_linear(const Linear *l)
 {
-    Panel *panel = best();
+    if (l->rows < 1) return;
+    Panel *panel = best(l->scale != NULL);
     int panels = (l->outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(l->threads) if (l->threads > 1)
     for (int index = 0; index < panels; index++) panel(l, index);
 }
 
-/* Writes `outputs` rows of weights [outputs, inputs], which become the outputs from `first` on, into the panels. Panels
- * are zero where nothing is written. */
-void pack_linear(const float *weights, float *panels, int64_t inputs, int64_t outputs, int64_t first, int32_t threads)
+/* Writes `outputs` rows of weights [outputs, inputs], of `item` bytes each, which become the outputs from `first` on,
+ * into the panels. Panels are zero where nothing is written. */
+INLINE void pack(const char *weights, char *panels, int64_t inputs, int64_t outputs, int64_t first, int threads,
+                 const int item)
 {
     int64_t from = first / PANEL, to = (first + outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t index = from; index < to; index++) {
-        float *panel = panels + index * inputs * PANEL;
+        char *panel = panels + index * inputs * PANEL * item;
         int64_t low = index * PANEL > first ? 0 : first - index * PANEL;
         int64_t high = first + outputs - index * PANEL < PANEL ? first + outputs - index * PANEL : PANEL;
-        const float *rows = weights + (index * PANEL - first) * inputs;
+        const char *rows = weights + (index * PANEL - first) * inputs * item;
         for (int64_t i = 0; i < inputs; i += LANES)
             for (int64_t column = low; column < high; column++)
                 for (int64_t j = i; j < i + LANES && j < inputs; j++)
-                    panel[j * PANEL + column] = rows[column * inputs + j];
+                    memcpy(panel + (j * PANEL + column) * item, rows + (column * inputs + j) * item, item);
     }
+}
+
+void pack_linear(const float *weights, float *panels, int64_t inputs, int64_t outputs, int64_t first, int32_t threads)
+{
+    pack((const char *)weights, (char *)panels, inputs, outputs, first, threads, sizeof(float));
+}
+
+void pack_linear_int8(const int8_t *weights, int8_t *panels, int64_t inputs, int64_t outputs, int64_t first,
+                      int32_t threads)
+{
+    pack((const char *)weights, (char *)panels, inputs, outputs, first, threads, 1);
 }

@@ -1,16 +1,22 @@
 /* The part of packed_linear.c that is compiled once for each kind of processor; NAME gives each its own names, ROWS_MAX
  * says how many rows of results fit into its registers. */
 
-/* `rows` rows of results, PANEL columns: acc += x[r][i] * panel[i]. Meanwhile floats from `next` on are fetched, `pace`
- * of them for each input: memory is read while the processor multiplies. */
-INLINE void NAME(tile)(const Linear *l, const float *x, const float *panel, float *y, int columns, const float *next,
-                       int64_t pace, const int rows)
+/* `rows` rows of results, PANEL columns: acc += x[r][i] * panel[i]. A weight has `item` bytes: 4 (float) or 1 (int8).
+ * Meanwhile memory from `next` on is fetched, `pace` bytes for each input: it is read while the processor multiplies. */
+INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float *y, const float *scale, int columns,
+                       const char *next, int64_t pace, const int rows, const int item)
 {
     Lanes acc[ROWS_MAX][2];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (Lanes){0};
     for (int64_t i = 0; i < l->inputs; i++) {
-        const Lanes w0 = *(const Lanes *)(panel + i * PANEL), w1 = *(const Lanes *)(panel + i * PANEL + LANES);
+        const char *at = panel + i * PANEL * item;
+        Lanes w0, w1;
+        if (item == 1) {
+            w0 = FLOATS(at), w1 = FLOATS(at + LANES);
+        } else {
+            w0 = *(const Lanes *)at, w1 = *(const Lanes *)(at + LANES * sizeof(float));
+        }
         __builtin_prefetch(next + i * pace, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
@@ -22,6 +28,10 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const float *panel, floa
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
         float *to = y + r * l->y_row;
+        if (item == 1) {
+            acc[r][0] *= *(const Lanes *)scale;
+            acc[r][1] *= *(const Lanes *)(scale + LANES);
+        }
         if (columns == PANEL) {
             *(Lanes *)to = acc[r][0];
             *(Lanes *)(to + LANES) = acc[r][1];
@@ -34,16 +44,19 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const float *panel, floa
     }
 }
 
-#define CASE(n) case n: NAME(tile)(l, x, panel, y, columns, next, pace, n < ROWS_MAX ? n : ROWS_MAX); break;
+#define CASE(n) \
+    case n: NAME(tile)(l, x, panel, y, scale, columns, next, pace, n < ROWS_MAX ? n : ROWS_MAX, item); break;
 
-static void NAME(panel)(const Linear *l, int index)
+INLINE void NAME(panel)(const Linear *l, int index, const int item)
 {
-    const float *panel = l->panels + (int64_t)index * l->inputs * PANEL;
+    const char *panel = (const char *)l->panels + (int64_t)index * l->inputs * PANEL * item;
+    const float *scale = item == 1 ? l->scale + index * PANEL : NULL;
     int columns = l->outputs - index * PANEL < PANEL ? l->outputs - index * PANEL : PANEL;
     /* the next panel, shared out to the blocks of rows; of the last one it is harmless to fetch what is not there */
-    int64_t blocks = (l->rows + ROWS_MAX - 1) / ROWS_MAX, pace = PANEL / blocks > 16 ? 16 : (PANEL + blocks - 1) / blocks;
+    int64_t blocks = (l->rows + ROWS_MAX - 1) / ROWS_MAX, share = (PANEL * item + blocks - 1) / blocks;
+    int64_t pace = share < CACHE_LINE ? share : CACHE_LINE;
     for (int64_t row = 0; row < l->rows; row += ROWS_MAX) {
-        const float *next = panel + l->inputs * PANEL + row / ROWS_MAX * l->inputs * pace;
+        const char *next = panel + l->inputs * (PANEL * item + row / ROWS_MAX * pace);
         const float *x = l->x + row * l->x_row;
         float *y = l->y + row * l->y_row + index * PANEL;
         switch (l->rows - row < ROWS_MAX ? l->rows - row : ROWS_MAX) {
@@ -52,3 +65,6 @@ static void NAME(panel)(const Linear *l, int index)
     }
 }
 #undef CASE
+
+static void NAME(floats)(const Linear *l, int index) { NAME(panel)(l, index, sizeof(float)); }
+static void NAME(whole)(const Linear *l, int index) { NAME(panel)(l, index, 1); }

@@ -1,11 +1,15 @@
-"""Linear layers with weights of 8 bits: a quarter of the memory of float32, and faster on CPUs with VNNI.
+"""Linear layers with weights of 8 bits: a quarter of the memory of float32, and of what a step reads of it.
 
     weight    int8 [out, in], one scale for each output channel; made once, when the weight is loaded
-    input     each row is scaled to int8 when it comes in, by its own largest value
-    product   int8 x int8 summed up in int32, exact; times both scales
+    input     stays as it is
+    product   of floats: weights become floats again when they are multiplied
 
-A row has a scale of its own and whole numbers are summed exactly, so what these layers give a sequence depends neither
-on who travels with it nor on how its prompt was chunked. Weights are quantised one by one: cuts change nothing either.
+Where there is a kernel (`functions/linears.py`) it takes the place of these layers once they are loaded, and converts
+weights in the processor's registers; float32 sums are multiplied by the scale. What it gives a row does not depend on
+who travels with it. The layer here makes floats of a part of the weights before each product, which costs more than it
+saves. It is for GPUs, and for installations without the kernel.
+
+Weights are quantised one by one: cuts change nothing.
 
 The linear layers of the blocks and the head are quantised. Embeddings are not: looking rows up gains no speed, and
 their error would enter every block. Norms, biases and gates are small. Experts that Transformers packs into one tensor
@@ -29,10 +33,7 @@ Quantization = Literal["none", "int8"]
 
 _LARGEST = 127
 _SCALE_MIN = 1e-30  # of rows that are all 0
-_ROWS_AT_ONCE = 1024  # of a weight that is being quantised: bounds what that takes beside it
-# what the kernel for CUDA asks for
-_CUDA_ROWS_MIN = 32
-_CUDA_MULTIPLE = 8
+_ROWS_AT_ONCE = 1024  # of a weight that is converted: bounds what that takes beside it
 
 
 class Int8Linear(nn.Module):
@@ -55,16 +56,19 @@ class Int8Linear(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        rows, scale = _scaled(states.reshape(-1, self.in_features).float())
-        result = _product(rows, self.weight).mul(scale).mul_(self.scale)
+        # a CPU is slow at products of halves, and the kernel computes in float32 too
+        rows = states if states.is_cuda else states.float()
+        parts = zip(torch.split(self.weight, _ROWS_AT_ONCE), torch.split(self.scale, _ROWS_AT_ONCE), strict=True)
+        products = [F.linear(rows, (weight * scale[:, None]).to(rows.dtype)) for weight, scale in parts]
+        result = torch.cat(products, dim=-1)
         if self.bias is not None:
             result += self.bias
-        return result.to(states.dtype).view(*states.shape[:-1], self.out_features)
+        return result.to(states.dtype)
 
 
-def quantise(cut: Cut, kind: Quantization, device: torch.device, location: str) -> None:
+def quantise(cut: Cut, kind: Quantization, location: str) -> None:
     """Replaces the linear layers of a cut model that has no weights yet. Raises CheckpointError for a model without
-    linear layers, and for layers that the kernel of a GPU does not take."""
+    linear layers."""
     if kind == "none":
         return
     found = [(block, name, layer) for block in cut.blocks for name, layer in block.named_modules() if _fits(layer)]
@@ -78,11 +82,6 @@ def quantise(cut: Cut, kind: Quantization, device: torch.device, location: str) 
         head = cut.model.get_output_embeddings()
         found += [(cut.model, name, layer) for name, layer in cut.model.named_modules() if layer is head]
     for root, name, layer in found:
-        if device.type == "cuda" and (layer.in_features % _CUDA_MULTIPLE or layer.out_features % _CUDA_MULTIPLE):
-            raise CheckpointError(
-                f"{location} cannot be quantised to {kind} on a GPU: {name} is {layer.out_features} x "
-                f"{layer.in_features}, both must be multiples of {_CUDA_MULTIPLE}; serve it without --quantize"
-            )
         owner, _, attribute = name.rpartition(".")
         setattr(root.get_submodule(owner), attribute, Int8Linear(layer))
 
@@ -93,24 +92,11 @@ def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
-        whole[part], scales = _scaled(weight[part].float())
-        scale[part] = scales[:, 0]
+        rows = weight[part].float()
+        scale[part] = rows.abs().amax(1).div_(_LARGEST).clamp_(min=_SCALE_MIN)
+        whole[part] = rows.div(scale[part, None]).round_().to(torch.int8)
     return whole, scale
 
 
 def _fits(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
-
-
-def _scaled(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [n, k] -> (int8 [n, k], float32 scale [n, 1])."""
-    scale = rows.abs().amax(1, keepdim=True).div_(_LARGEST).clamp_(min=_SCALE_MIN)
-    return rows.div(scale).round_().to(torch.int8), scale
-
-
-def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """int8 [n, k] and [m, k] -> int32 [n, m]."""
-    count = len(rows)
-    if rows.is_cuda and count < _CUDA_ROWS_MIN:
-        rows = F.pad(rows, (0, 0, 0, _CUDA_ROWS_MIN - count))
-    return torch._int_mm(rows, weight.t())[:count]

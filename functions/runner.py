@@ -22,11 +22,14 @@ from functions.contract.errors import WrongPosition
 from functions.contract.messages import Opening, Slice
 from functions.contract.sampling import SamplingParams
 from functions.contract.spans import BlockSpan
+from functions.kernels import why_no_kernels
 from functions.kv_cache import KvPool, Sequence
 from functions.quantize import Quantization
 from functions.span_model import SpanModel, load_span
 
 _PROBE = (3, 2)  # lengths of the two sequences that the self-check runs
+_PACKED_ERROR = 1e-3  # by which packed linear layers may differ, of the norm of the result
+_PACKED_STEPS = 16  # the same in steps of the dtype, where these are larger
 
 log = structlog.get_logger()
 
@@ -74,14 +77,27 @@ def load_runner(
     try:
         runner = PackedRunner(load(PACKED))
         try:
-            runner.pack_linears()
+            packed = runner.pack_linears()
         except Unpackable as error:
             log.info("linear_layers_by_torch", reason=str(error), model_type=checkpoint.config.get("model_type"))
-            runner = PackedRunner(load(PACKED))
+            runner, packed = PackedRunner(load(PACKED)), False
+        _tell_slow(quantization, packed)
         return runner
     except Unpackable as error:
         log.info("one_sequence_at_a_time", reason=str(error), model_type=checkpoint.config.get("model_type"))
-    return SequentialRunner(load())
+    model = load()
+    if quantization != "none":  # which is slow without the kernel
+        _tell_slow(quantization, model.pack_linears([[path] for path in model.linear_paths()]))
+    return SequentialRunner(model)
+
+
+def _tell_slow(quantization: Quantization, packed: bool) -> None:
+    if quantization != "none" and not packed:
+        log.info(
+            "quantised_layers_by_torch",
+            reason=why_no_kernels() or "the kernel does not run on this device, or not for this model",
+            effect="they save memory, but are slower than layers of floats",
+        )
 
 
 class PackedRunner:
@@ -94,13 +110,16 @@ class PackedRunner:
         self.kv_bytes_per_token = sum(shape.items for shape in self._probed.shapes) * model.dtype.itemsize
         self._pool: KvPool | None = None
 
-    def pack_linears(self) -> None:
-        """Packs the model's linear layers where there is a kernel for them. Raises Unpackable if that changes what the
-        model computes or fails, in which case the model is of no more use."""
-        if self.model.pack_linears(self._linears):
-            _, result = self._self_check()
-            if not torch.allclose(result, self._probe_result, rtol=1e-3, atol=1e-4):
-                raise Unpackable("packed linear layers compute something else")
+    def pack_linears(self) -> bool:
+        """Packs the model's linear layers where there is a kernel for them; whether there is. Raises Unpackable if that
+        changes what the model computes or fails, in which case the model is of no more use."""
+        if not self.model.pack_linears(self._linears):
+            return False
+        _, result = self._self_check()
+        error = max(_PACKED_ERROR, _PACKED_STEPS * torch.finfo(result.dtype).eps) * self._probe_result.norm()
+        if not (result - self._probe_result).norm() <= error:  # nor if it is not a number
+            raise Unpackable("packed linear layers compute something else")
+        return True
 
     def allocate(self, pages: int) -> None:
         self._pool = KvPool(self._probed.shapes, pages, self.model.dtype, self.model.device)

@@ -118,6 +118,10 @@ class SpanModel:
         """See `linears.watched_inputs`."""
         return linears.watched_inputs(self._model)
 
+    def linear_paths(self) -> list[str]:
+        """Paths of the linear layers."""
+        return [path for path, module in self._model.named_modules() if linears.is_linear(module)]
+
     def pack_linears(self, groups: list[list[str]]) -> bool:
         """Packs the linear layers and replaces the norms; whether there are kernels for this model."""
         if not linears.can_be_packed(self._model):
@@ -212,7 +216,7 @@ def load_span(
         raise CheckpointError(f"blocks {span} were asked for, the model has {checkpoint.block_count}")
     with _quiet():
         cut = _cut(_build(checkpoint, dtype, attention), checkpoint, span)
-        quantise(cut, quantization, device, checkpoint.location)
+        quantise(cut, quantization, checkpoint.location)
         load_weights(cut, checkpoint, dtype, device, one_by_one=quantization != "none")
     cut.model.eval()
     return SpanModel(cut, device, dtype)
