@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import structlog
 import torch
 from tokenizers import Tokenizer
 
@@ -148,6 +149,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = _arguments(argv)
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # figures alone go to stdout
     try:
         checkpoint = open_checkpoint(given.model)
         text = read_corpus(given.text)

@@ -18,7 +18,10 @@ WAYS = ("queue-proxy", "ingress, queue-proxy", "ingress, activator, queue-proxy"
 
 # figure -> names that its JSON lines must have
 EXPECTED = {
-    "hop": ["hop 10 KB p50", "hop 10 KB p99", "hop 16 MB p50", "hop 16 MB p99"],
+    "hop": [
+        *(f"hop {size} p{percent}" for size in ("10 KB", "16 MB") for percent in (50, 99)),
+        *(f"hop 16 MB, at the {end}" for end in ("stage", "client")),
+    ],
     "latency": ["82M, generate, 2 threads", "82M, 2 stages, 2 threads each", "82M, 4 stages, 2 threads each"],
     "throughput": [
         *(
