@@ -26,6 +26,12 @@ class ComputeThread:
         self._name = name
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._under_way = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do. To be asked in the event loop's thread, from which all work comes."""
+        return self._under_way == 0
 
     async def run(self, work: Callable[..., T], *args: object) -> T:
         """What `work` returns or raises. If the caller is cancelled, work that has not begun is left out."""
@@ -35,8 +41,15 @@ class ComputeThread:
             atexit.register(self._end)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        self._under_way += 1
         self._work.put((loop, future, work, args))
         return await future
+
+    def _finish(self, settle: Callable[[], None] | None) -> None:
+        """In the event loop's thread, once a piece of work is done or left out."""
+        self._under_way -= 1
+        if settle is not None:
+            settle()
 
     def _end(self) -> None:
         """The interpreter must not go while torch computes."""
@@ -47,11 +60,10 @@ class ComputeThread:
     def _serve(self) -> None:
         while (taken := self._work.get()) is not None:
             loop, future, work, args = taken
-            if not future.cancelled():
-                settle = _outcome(future, work, args)
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
-                    loop.call_soon_threadsafe(settle)
-                del settle
+            settle = None if future.cancelled() else _outcome(future, work, args)
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
+                loop.call_soon_threadsafe(self._finish, settle)
+            del settle
             del taken, future, work, args  # they may be large, and the next may be long in coming
 
 

@@ -39,6 +39,7 @@ T = TypeVar("T")
 TAKEN_TYPES = (*events.REQUEST_TYPES, SCORE, RESULT)
 
 
+_QUICK_S = 0.001
 _TOGETHER_TOKENS_MAX = 1024  # of several steps in one pass: more would make the short ones wait for the long
 
 
@@ -50,6 +51,24 @@ class _Waiting:
     arrived_s: float
     outcome: Outcome | None = None
     compute_s: float = 0.0
+
+
+class _Quick:
+    """Which steps are over so soon that the way to another thread and back would take longer, and are computed in the
+    event loop's own: so many tokens as have taken less than a millisecond before."""
+
+    def __init__(self, possible: bool) -> None:
+        self._possible = possible
+        self._tokens_max = 0
+
+    def takes(self, step: Step) -> bool:
+        return len(step.tokens) <= self._tokens_max
+
+    def learn(self, tokens: int, compute_s: float) -> None:
+        if self._possible and compute_s < _QUICK_S:
+            self._tokens_max = max(self._tokens_max, tokens)
+        else:
+            self._tokens_max = min(self._tokens_max, tokens - 1)
 
 
 class StageService:
@@ -64,6 +83,7 @@ class StageService:
         self._compute = ComputeThread("compute")
         self._cores = _open_cores(settings.cores_lock)
         self._waiting: deque[_Waiting] = deque()
+        self._quick = _Quick(possible=not settings.cores_lock)  # in the event loop nobody may wait for other processes
         self._scorer = Scorer(settings, self._computed)
 
     def start(self) -> None:
@@ -136,7 +156,10 @@ class StageService:
         waiting = _Waiting(Step.from_body(event.data), time.perf_counter())
         self._waiting.append(waiting)
         try:
-            answer = await self._in_turn(self._compute_waiting, stage, waiting)
+            if self._compute.idle and self._quick.takes(waiting.step):
+                answer = self._compute_waiting(stage, waiting)
+            else:
+                answer = await self._in_turn(self._compute_waiting, stage, waiting)
         finally:
             with contextlib.suppress(ValueError):  # it is still there only if its sender has left
                 self._waiting.remove(waiting)
@@ -176,6 +199,7 @@ class StageService:
             started_s = time.perf_counter()
             outcomes = stage.steps([waiting.step for waiting in together])
             compute_s = time.perf_counter() - started_s
+        self._quick.learn(sum(len(waiting.step.tokens) for waiting in together), compute_s)
         for waiting, outcome in zip(together, outcomes, strict=True):
             waiting.compute_s = compute_s
             waiting.outcome = _explained(outcome, waiting.step)

@@ -153,6 +153,28 @@ async def test_the_step_of_a_sender_that_has_left_is_not_computed(
     assert stage.kv.position(2) == 0
 
 
+async def test_only_quick_steps_are_computed_in_the_event_loop(
+    counting: tuple[Counting, Stage], step_of: StepOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, stage = counting
+    passes.go.set()
+    threads: list[bool] = []
+    compute = passes.steps
+
+    def steps(steps: list[Step]) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return compute(steps)
+
+    monkeypatch.setattr(stage, "steps", steps)
+    service = service_of(stage)
+    for limit_s, expected in ((60.0, [False, True, True]), (0.0, [True, False])):
+        monkeypatch.setattr("functions.service._QUICK_S", limit_s)
+        for number in range(len(expected)):
+            await ask(service, step_of((number + 1, 0, [1])))
+        assert threads == expected
+        threads.clear()
+
+
 async def test_memory_goes_with_the_last_sequence(
     counting: tuple[Counting, Stage], step_of: StepOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
