@@ -131,7 +131,7 @@ def watched_inputs(model: nn.Module) -> Iterator[list[list[str]]]:
 
     def note(path: str, states: torch.Tensor) -> None:
         if path in (seen for group in groups for seen in group):
-            return  # a layer that runs twice in a pass keeps to itself, see below
+            return  # one that runs again stays where its first run put it: `_Shared` looks at the tensor each time
         if held and states is held[-1]:
             groups[-1].append(path)
         else:

@@ -9,6 +9,7 @@ nothing but text differs from the one before only there, so it is written once f
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,7 +77,7 @@ class TextFrame:
         return self.before + _as_json(text).encode() + self.after
 
 
-class _Streamed:
+class _Streamed(ABC):
     """What pieces become in a stream."""
 
     _frames: dict[int, TextFrame]  # by choice, as soon as text alone is all that is left to say
@@ -88,8 +89,9 @@ class _Streamed:
             return frame.event(piece.text) if piece.text else b""
         return b"".join(map(event, self.chunks(piece)))
 
+    @abstractmethod
     def chunks(self, piece: Piece) -> list[BaseModel]:
-        raise NotImplementedError
+        """The same as objects of the SDK."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ weights, and ready in a tenth of the time.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import multiprocessing
 import multiprocessing.reduction
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,21 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def until_empty() -> Callable[[str], Awaitable[None]]:
+    """Waits until the stage at a URL says in its metrics that it holds no sequence."""
+
+    async def wait(url: str) -> None:
+        async with httpx.AsyncClient() as client:
+            for _ in range(400):
+                if "stagecraft_stage_sequences 0.0" in (await client.get(f"{url}/metrics")).text:
+                    return
+                await asyncio.sleep(0.05)
+        pytest.fail(f"the stage at {url} still holds sequences")
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
 
 from functions.contract.errors import StageFailure
@@ -44,7 +43,7 @@ class Traffic:
         assert self._inside[stage.index, lane] == 1, "a step enters a stage when the one before it has left"
         self.most = max(self.most, self._inside.total())
         try:
-            return await send(stage, body, lane, url, limit_s)  # type: ignore[no-any-return]
+            return await send(stage, body, lane, url, limit_s)  # type: ignore[no-any-return]  # `send` is the method that was there
         finally:
             self._inside[stage.index, lane] -= 1
 
@@ -147,7 +146,14 @@ async def test_a_stage_lost_with_chunks_on_their_way_changes_no_token(
 
 
 async def test_a_sequence_that_breaks_a_step_on_its_way_fails_alone(
-    start_stages: Any, open_chain: Any, answer: Any, prompts: Any, long_prompts: Any, whole_model: Any, traffic: Traffic
+    start_stages: Any,
+    open_chain: Any,
+    answer: Any,
+    prompts: Any,
+    long_prompts: Any,
+    whole_model: Any,
+    traffic: Traffic,
+    until_empty: Any,
 ) -> None:
     """Its company goes on one at a time, without overlap, and gets its text."""
     stages = start_stages("llama", CUTS[2])
@@ -175,7 +181,7 @@ async def test_a_sequence_that_breaks_a_step_on_its_way_fails_alone(
     assert error.status == 500
     assert results == [whole_model("llama", prompt, NEW_TOKENS) for prompt in mixed if prompt is not poison]
     for url in stages.urls:
-        await _until_empty(url)
+        await until_empty(url)
 
 
 @pytest.mark.parametrize("steps", [2, 9])
@@ -188,6 +194,7 @@ async def test_a_consumer_that_leaves_with_chunks_on_their_way_frees_kv_in_every
     long_prompts: Any,
     whole_model: Any,
     traffic: Traffic,
+    until_empty: Any,
 ) -> None:
     stages = start_stages("llama", CUTS[3])
     chain = await open_chain(stages, CHUNKS)
@@ -202,14 +209,4 @@ async def test_a_consumer_that_leaves_with_chunks_on_their_way_frees_kv_in_every
     assert company == whole_model("llama", prompts[3], 60)
     assert task.cancelled()
     for url in stages.urls:
-        await _until_empty(url)
-
-
-async def _until_empty(url: str) -> None:
-    """The stage's own metrics say when it holds no sequence."""
-    async with httpx.AsyncClient() as client:
-        for _ in range(400):
-            if "stagecraft_stage_sequences 0.0" in (await client.get(f"{url}/metrics")).text:
-                return
-            await asyncio.sleep(0.05)
-    pytest.fail(f"the stage at {url} still holds sequences")
+        await until_empty(url)

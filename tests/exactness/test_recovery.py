@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client import REGISTRY
 
@@ -132,7 +131,7 @@ async def test_two_stages_killed_at_once_change_no_token(
 
 @pytest.mark.parametrize("stopped", [0, 1, 2])
 async def test_a_stage_that_stands_still_for_a_moment_changes_no_token(
-    stopped: int, start_stages: Any, open_chain: Any, answer: Any, prompts: Any
+    stopped: int, start_stages: Any, open_chain: Any, answer: Any, prompts: Any, until_empty: Any
 ) -> None:
     """Steps time out and are sent again; when the stage goes on it finds the old ones too and answers them all."""
     stages = start_stages("llama", THIRDS)
@@ -143,7 +142,7 @@ async def test_a_stage_that_stands_still_for_a_moment_changes_no_token(
     assert await answers_disturbed(chain, prompts, pause.begin) == undisturbed
     await pause.ended()
     for url in stages.urls:
-        await _until_empty(url)
+        await until_empty(url)
 
 
 async def test_a_full_lane_that_cannot_go_back_survives_a_stage_that_stands_still(
@@ -177,7 +176,9 @@ async def test_a_stage_that_stays_away_is_a_clear_error_and_nobody_hangs(
     assert len(await answer(chain, prompts[0], NEW_TOKENS)) == NEW_TOKENS
 
 
-async def test_a_consumer_that_leaves_frees_kv_in_every_stage(start_stages: Any, open_chain: Any, prompts: Any) -> None:
+async def test_a_consumer_that_leaves_frees_kv_in_every_stage(
+    start_stages: Any, open_chain: Any, prompts: Any, until_empty: Any
+) -> None:
     stages = start_stages("llama", ["0:2", "2:4"])
     chain = await open_chain(stages)
     request = GenerationRequest(tuple(prompts[0]), 100)
@@ -186,14 +187,4 @@ async def test_a_consumer_that_leaves_frees_kv_in_every_stage(start_stages: Any,
         await anext(tokens)
         await tokens.aclose()
     for url in stages.urls:
-        await _until_empty(url)
-
-
-async def _until_empty(url: str) -> None:
-    """The stage's own metrics say when it holds no sequence."""
-    async with httpx.AsyncClient() as client:
-        for _ in range(400):
-            if "stagecraft_stage_sequences 0.0" in (await client.get(f"{url}/metrics")).text:
-                return
-            await asyncio.sleep(0.05)
-    pytest.fail(f"the stage at {url} still holds sequences")
+        await until_empty(url)

@@ -69,14 +69,17 @@ async def ask(service: StageService, step: Step) -> Samples:
 ADDRESS = {"plan": "p", "stage": "0"}
 
 
+async def until(holds: Callable[[], bool]) -> None:
+    while not holds():  # noqa: ASYNC110  # what is waited for happens in another thread, or tells nobody
+        await asyncio.sleep(0.001)
+
+
 async def asked(counting: Counting, service: StageService, *steps: Step) -> list[Samples | BaseException]:
     """The answers to steps of which the first is being computed when the others come."""
     first = asyncio.create_task(ask(service, steps[0]))
-    while not counting.begun.is_set():  # noqa: ASYNC110 (another thread's doing)
-        await asyncio.sleep(0.001)
+    await until(counting.begun.is_set)
     others = [asyncio.create_task(ask(service, step)) for step in steps[1:]]
-    while len(service._waiting) < len(others):  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await until(lambda: len(service._waiting) == len(others))
     counting.go.set()
     return await asyncio.gather(first, *others, return_exceptions=True)
 
@@ -138,11 +141,9 @@ async def test_the_step_of_a_sender_that_has_left_is_not_computed(
     passes, stage = counting
     service = service_of(stage)
     first = asyncio.create_task(ask(service, step_of((1, 0, [1]))))
-    while not passes.begun.is_set():  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await until(passes.begun.is_set)
     second = asyncio.create_task(ask(service, step_of((2, 0, [1]))))
-    while not service._waiting:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await until(lambda: bool(service._waiting))
     second.cancel()
     await asyncio.gather(second, return_exceptions=True)
     assert not service._waiting
