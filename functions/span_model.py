@@ -128,7 +128,8 @@ class SpanModel:
             return False
         with torch.inference_mode():
             linears.pack(self._model, groups)
-            replace_norms(self._model)
+            if self.dtype == torch.float32:  # the kernel reads floats, whatever a norm is given
+                replace_norms(self._model)
         return True
 
     @property
