@@ -169,5 +169,5 @@ def _running(chain: Chain) -> int:
 async def _empty(chain: Chain) -> None:
     """Waits until the stages have freed everything."""
     async with asyncio.timeout(60):
-        while chain._lanes or chain._releases:  # noqa: ASYNC110 (another task's doing)
+        while chain._lanes or chain._pool.releases:  # noqa: ASYNC110 (another task's doing)
             await asyncio.sleep(0.005)

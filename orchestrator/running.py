@@ -1,0 +1,58 @@
+"""What runs in a chain: a sequence with the line its tokens leave by, and the lane it travels in."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from orchestrator import lanes
+from orchestrator.generation import GenerationError, Priority, Token
+from orchestrator.window import Window
+
+
+@dataclass(eq=False)
+class Job:
+    """A sequence in the chain, with the line its tokens leave by."""
+
+    sequence: lanes.Sequence
+    kv_tokens: int
+    out: asyncio.Queue[Token | GenerationError] = field(default_factory=asyncio.Queue)
+
+    @property
+    def priority(self) -> Priority:
+        return self.sequence.request.priority
+
+
+@dataclass(eq=False)
+class Lane:
+    slot: int  # a small number, used again by later lanes
+    opened_s: float
+    progress_s: float  # when a step was last answered
+    route: list[str | None]  # replica per stage, None: ask the service
+    home: list[str | None]  # replica per stage that holds the lane's caches, also when the route avoids it
+    asked: list[bool]  # stages that have been sent a step
+    doors: list[asyncio.Lock]  # of each stage: one step of the lane is in it, the next ones wait in their order
+    window: Window  # steps on their way
+    news: asyncio.Event = field(default_factory=asyncio.Event)  # more may be sent, or has come back
+    jobs: dict[int, Job] = field(default_factory=dict)  # by sequence, in the order in which they came
+    suspects: list[Job] = field(default_factory=list)  # one of them broke a step: they go on one at a time
+
+    @property
+    def name(self) -> str:
+        return str(self.slot)
+
+    @property
+    def kv_tokens(self) -> int:
+        return sum(job.kv_tokens for job in self.jobs.values())
+
+    @property
+    def caches(self) -> Caches:
+        return Caches(tuple(self.home), tuple(self.asked))
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """Where a lane's caches were when a sequence left it."""
+
+    home: tuple[str | None, ...]
+    asked: tuple[bool, ...]
