@@ -21,6 +21,7 @@ import asyncio
 import itertools
 import math
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any, get_args
@@ -32,8 +33,16 @@ from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, Stage
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.chain_settings import ChainSettings as ChainSettings  # part of this module's surface
-from orchestrator.generation import GenerationError, GenerationRequest, Priority, Token
+from orchestrator.generation import (
+    GenerationError,
+    GenerationRequest,
+    Priority,
+    Token,
+    past_deadline,
+    shutting_down,
+)
 from orchestrator.hops import Hops
+from orchestrator.pace import Pace, retry_after_s
 from orchestrator.running import Job, Lane
 from orchestrator.stage_client import StageUnreachable
 from orchestrator.stage_pool import StagePool
@@ -42,6 +51,7 @@ from orchestrator.window import Flight, Window
 log = structlog.get_logger()
 
 _CLOSE_TIMEOUT_S = 2.0
+_CLEARLY = 2.0  # so many times more than there is: an estimate is only one
 
 
 class Chain:
@@ -58,6 +68,8 @@ class Chain:
         self._interactive_s = -math.inf  # when the last of them left
         self._tasks: set[asyncio.Task[None]] = set()  # lanes, and their steps on the way
         self._active_s = 0.0  # when the last lane ended
+        self._pace = Pace()
+        self._stopped = False
 
     # -- what endpoints use
 
@@ -107,36 +119,55 @@ class Chain:
             metrics.RUNNING.labels(lane.name).set(0)
         self._lanes.clear()
         await self._pool.close(_CLOSE_TIMEOUT_S)
-        _fail(jobs, GenerationError("the server is shutting down", status=503, code="shutting_down"))
+        _fail(jobs, shutting_down())
+
+    def stop(self) -> None:
+        """Ends whatever runs or waits with an error, and takes nothing in any more; to be closed soon."""
+        self._stopped = True
+        jobs = [job for line in self._waiting.values() for job in line]
+        jobs += [job for lane in self._lanes for job in lane.jobs.values()]
+        for line in self._waiting.values():
+            line.clear()  # at once: nobody moves up
+        self._end_early(jobs, shutting_down())
+
+    def wait_s(self) -> float | None:
+        """How long an interactive request that comes now would wait for a lane, by what is measured of late; None if
+        nothing is known yet."""
+        return self._takes_s(self._waiting["interactive"])
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """See `Generator.generate`."""
         job = self._admit(request)
+        deadline = None
+        if request.deadline_s is not None:
+            left_s = request.deadline_s - time.monotonic()
+            loop = asyncio.get_running_loop()
+            deadline = loop.call_later(max(left_s, 0), self._end_early, [job], past_deadline())
         finish = None
         try:
             while finish is None:
-                item = await job.out.get()
+                item = await job.next()
                 if isinstance(item, GenerationError):
                     raise item
                 finish = item.finish
                 yield item
         finally:
+            if deadline is not None:
+                deadline.cancel()
             self._drop(job)
 
     # -- admission
 
     def _admit(self, request: GenerationRequest) -> Job:
+        if self._stopped:
+            raise shutting_down()
         if not self.ready:
             raise GenerationError("the stages are not ready yet", status=503, code="not_ready", retry_after_s=1)
         self._check(request)
+        if request.deadline_s is not None and request.deadline_s <= time.monotonic():
+            raise past_deadline()
         line = self._waiting[request.priority]
-        if len(line) >= self.settings.waiting_max:
-            raise GenerationError(
-                f"{len(line)} requests are waiting, which is the limit; try again later",
-                status=429,
-                code="overloaded",
-                retry_after_s=5,
-            )
+        self._check_line(line, request)
         tokens = len(request.prompt) + request.max_tokens
         sequence = lanes.Sequence(_new_id(), request)
         job = Job(sequence, -(-tokens // KV_PAGE_TOKENS) * KV_PAGE_TOKENS)
@@ -172,6 +203,41 @@ class Chain:
                 param="max_tokens" if len(request.prompt) < self.context_length else "prompt",
             )
 
+    def _check_line(self, line: deque[Job], request: GenerationRequest) -> None:
+        """Raises GenerationError (429) where the line is full, or so long that the request's time would be over before
+        its turn."""
+        if not line:
+            return
+        prompts = sum(len(job.sequence.request.prompt) for job in line)
+        if len(line) >= self.settings.waiting_max or prompts + len(request.prompt) > self.settings.waiting_tokens_max:
+            raise GenerationError(
+                f"{len(line)} requests with prompts of {prompts} tokens are waiting, which is the limit; try again "
+                "later",
+                status=429,
+                code="overloaded",
+                retry_after_s=retry_after_s(self._takes_s(line)),
+            )
+        wait_s = self._takes_s(line)
+        if request.deadline_s is None or wait_s is None:
+            return
+        left_s = request.deadline_s - time.monotonic()
+        if wait_s > _CLEARLY * left_s:
+            raise GenerationError(
+                f"the request leaves {max(left_s, 0):.1f} s, and it would have to wait for about {wait_s:.0f} s before "
+                "its turn; give it more time, or try again later",
+                status=429,
+                code="deadline_too_soon",
+                retry_after_s=retry_after_s(wait_s),
+            )
+
+    def _takes_s(self, jobs: Iterable[Job]) -> float | None:
+        """How long the work of these will take, if that is known."""
+        prompts = answers = 0
+        for job in jobs:
+            prompts += len(job.sequence.request.prompt)
+            answers += job.sequence.request.max_tokens - job.sequence.generated
+        return self._pace.takes_s(prompts, answers)
+
     def _fill_lanes(self) -> None:
         """Moves waiting sequences into lanes while there is room and KV memory: interactive ones, and once none of them
         waits those of batches. Within a line first come, first served."""
@@ -190,6 +256,7 @@ class Chain:
             job = line.popleft()
             self._pool.kv.promise(lane.home, job.kv_tokens)
             lane.jobs[job.sequence.id] = job
+            job.news = lane.news
             lane.news.set()
         return True
 
@@ -223,7 +290,9 @@ class Chain:
 
     def _drop(self, job: Job) -> None:
         """The consumer is gone: a waiting sequence leaves at once, a running one before the lane's next step."""
-        job.sequence.cancelled = True
+        if job.dropped:
+            return
+        job.dropped = job.sequence.cancelled = True
         if job.priority == "interactive":
             self._interactive -= 1
             self._interactive_s = _now_s()
@@ -231,6 +300,14 @@ class Chain:
         if job in line:
             line.remove(job)
             self._fill_lanes()  # others may have waited for it alone
+
+    def _end_early(self, jobs: Iterable[Job], error: GenerationError) -> None:
+        """Whoever reads them gets an error next, and nobody works on them any more."""
+        for job in [job for job in jobs if not job.sequence.cancelled]:
+            self._drop(job)
+            job.out.put_nowait(error)
+            if job.news is not None:
+                job.news.set()
 
     # -- lanes
 
@@ -244,6 +321,7 @@ class Chain:
             doors=[asyncio.Lock() for _ in range(count)], window=Window(self._spread),
         )  # fmt: skip
         self._lanes.append(lane)
+        self._pace.begin(now_s)
         self._start(self._run_lane(lane))
         return lane
 
@@ -261,6 +339,8 @@ class Chain:
             _fail(lane.jobs.values(), _internal(error))
         self._lanes.remove(lane)  # not when cancelled: `close` looks after what is left
         self._active_s = _now_s()
+        if not self._lanes:
+            self._pace.rest()
 
     def _sweep(self, lane: Lane) -> None:
         """Takes out sequences that have ended, frees their KV in every stage, and lets others in. One that has a step
@@ -278,7 +358,8 @@ class Chain:
         """Sends the lane's next step on its way, if there is one to be sent now. True if anything has changed."""
         if not lane.window.takes_more or not self._avoid_draining(lane) or (lane.suspects and lane.window):
             return False
-        going = [job for job in lane.suspects[:1] or lane.jobs.values() if not job.sequence.cancelled]
+        awake = lane.suspects[:1] or [job for job in lane.jobs.values() if not job.paused]
+        going = [job for job in awake if not job.sequence.cancelled]
         try:
             flight = lane.window.send([job.sequence for job in going], self.settings.step_tokens_max)
         except Exception as error:  # a mistake of ours must not leave anybody waiting
@@ -305,6 +386,7 @@ class Chain:
         """Takes a step through the stages. Whatever comes of it is left in the flight, for the lane to find."""
         try:
             flight.samples = await self._hops.through(lane, flight)
+            self._pace.worked(len(flight.step.tokens), _now_s())
         except Exception as error:  # also a mistake of ours, which must not leave anybody waiting
             flight.error = error
         flight.ended = True
@@ -329,6 +411,7 @@ class Chain:
                 lane.jobs[sequence.id].out.put_nowait(token)
             if token.finish is not None:
                 sequence.cancelled = True  # swept before the next step
+                self._pace.ended(sequence.generated, sequence.request.max_tokens)
         metrics.TOKENS.inc(len(booked))
 
     # -- when a step fails

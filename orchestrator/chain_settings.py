@@ -13,6 +13,7 @@ class ChainSettings:
     lane_age_s: float = 5.0  # older lanes take no new sequences, see lanes.place; 0: none grows old
     step_tokens_max: int = 512  # prefill chunks and decode tokens of one step
     waiting_max: int = 1024  # sequences admitted but not yet in a lane, of each priority
+    waiting_tokens_max: int = 4 << 20  # of their prompts
     batch_share: float = 0.75  # of KV memory, and of bounded lanes, that batches may fill up beside interactive load
     batch_alone_after_s: float = 5.0  # without interactive load for so long, batches may use all
     wake_timeout_s: float = 600.0

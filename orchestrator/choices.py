@@ -6,22 +6,32 @@ All endpoints (OpenAI, V1, V2, generate) go through `Service.generate`; they dif
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import structlog
 
 from orchestrator.chat import ChatTemplate, ChatTemplateError
-from orchestrator.generation import FinishReason, GenerationError, GenerationRequest, Generator, Priority, Token
+from orchestrator.generation import (
+    FinishReason,
+    GenerationError,
+    GenerationRequest,
+    Generator,
+    Priority,
+    Token,
+    shutting_down,
+)
 from orchestrator.metrics import RequestRecord
+from orchestrator.pace import retry_after_s
+from orchestrator.request_terms import NO_TERMS, Terms
+from orchestrator.shared_generation import SharedGenerations, SharedSettings
 from orchestrator.text import TextStream
 from orchestrator.tokenizer import Tokenizer
 
-RETRY_AFTER_S_MAX = 60
+_PIECES_AHEAD_MAX = 256  # of all choices of a request, in front of whoever reads them
 _NEWEST_WEIGHS = 0.1  # in the average duration of requests
 
 _log = structlog.get_logger("orchestrator")
@@ -68,21 +78,26 @@ class Answer:
 class Places:
     """Bounds the requests of one priority, and knows when the next place will be free."""
 
-    def __init__(self, requests_max: int) -> None:
+    def __init__(self, requests_max: int, wait_s: Callable[[], float | None] = lambda: None) -> None:
         self._requests_max = requests_max
+        self._wait_s = wait_s
         self._in_flight = 0
         self._duration_s = 0.0  # of the requests that ended last, on average
 
     def take(self) -> None:
+        """Raises GenerationError (429) where no place is free."""
+        self.check()
+        self._in_flight += 1
+
+    def check(self) -> None:
         """Raises GenerationError (429) where no place is free."""
         if self._in_flight >= self._requests_max:
             raise GenerationError(
                 f"{self._in_flight} requests are under way, the limit is {self._requests_max}; try again later",
                 status=429,
                 code="too_many_requests",
-                retry_after_s=min(max(math.ceil(self._duration_s / self._in_flight), 1), RETRY_AFTER_S_MAX),
+                retry_after_s=retry_after_s(max(self._duration_s / self._in_flight, self._wait_s() or 0.0)),
             )
-        self._in_flight += 1
 
     def free(self, duration_s: float) -> None:
         self._in_flight -= 1
@@ -101,18 +116,25 @@ class Service:
         requests_max: int = 256,
         batch_requests_max: int = 128,
         choices_max: int = 128,
+        reader_timeout_s: float = 60.0,
+        shared: SharedSettings | None = None,
+        wait_s: Callable[[], float | None] = lambda: None,
     ) -> None:
+        """`wait_s` tells how long a request that comes now would wait before the generator begins with it."""
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
         self.choices_max = choices_max
+        self.reader_timeout_s = reader_timeout_s
         self._places: dict[Priority, Places] = {
-            "interactive": Places(requests_max),
-            "batch": Places(batch_requests_max),
+            "interactive": Places(requests_max, wait_s),
+            "batch": Places(batch_requests_max, wait_s),
         }
+        self._shared = SharedGenerations(name, _size_bytes, shared)
+        self._stopping = False
         self.chat_template, self.chat_problem = _compiled(tokenizer)
 
-    async def generate(
+    def generate(
         self,
         choices: Sequence[Choice],
         *,
@@ -120,10 +142,29 @@ class Service:
         request_id: str,
         prompt_tokens: int,
         about: Mapping[str, str] | None = None,
+        terms: Terms = NO_TERMS,
     ) -> AsyncGenerator[Piece, None]:
-        """Pieces of all choices as they come. Closing the iterator frees every sequence. Raises GenerationError.
+        """Pieces of all choices as they come. Closing the iterator frees every sequence, unless their key is expected
+        to be asked for again. Raises GenerationError.
 
         The choices of a request have one priority. `about` is what its line in the log says besides."""
+
+        def begin(deadline_s: float | None) -> AsyncGenerator[Piece, None]:
+            return self._generate(_until(choices, deadline_s), endpoint, request_id, prompt_tokens, about or {})
+
+        if terms.key is None:
+            return begin(terms.deadline_s)
+        # shared by requests with deadlines of their own: each ends with its own, and the generation with the last
+        return self._shared.read(terms.key, lambda: begin(None), terms.deadline_s)
+
+    async def _generate(
+        self,
+        choices: Sequence[Choice],
+        endpoint: str,
+        request_id: str,
+        prompt_tokens: int,
+        about: Mapping[str, str],
+    ) -> AsyncGenerator[Piece, None]:
         self.check_ready()
         places = self._places[choices[0].request.priority]
         places.take()
@@ -133,7 +174,7 @@ class Service:
             request_id=request_id,
             prompt_tokens=prompt_tokens,
             choices=len(choices),
-            about=about or {},
+            about=about,
         )
         started_s = time.monotonic()
         try:
@@ -150,6 +191,8 @@ class Service:
 
     def check_ready(self) -> None:
         """Raises GenerationError (503). To be called before anything that depends on the model's limits."""
+        if self._stopping:
+            raise shutting_down()
         if not self.generator.ready:
             raise GenerationError(
                 f"the model {self.name!r} is still starting; try again in some seconds",
@@ -157,6 +200,26 @@ class Service:
                 code="model_not_ready",
                 retry_after_s=2,
             )
+
+    def check_open(self, priority: Priority, terms: Terms) -> None:
+        """As `check_ready`, and raises GenerationError (429) where there is no place: before any work is put into a
+        request that would be refused. One that is to join another needs none. (422 for a key of another request.)"""
+        self.check_ready()
+        if self.begun_s(terms) is None:
+            self._places[priority].check()
+
+    def begun_s(self, terms: Terms) -> int | None:
+        """When the generation that the request would join or repeat was begun, in Unix seconds; None where there is
+        none. Raises GenerationError (422)."""
+        return None if terms.key is None else self._shared.begun_s(terms.key)
+
+    def stop(self) -> None:
+        """No new requests from now on; those under way go on."""
+        self._stopping = True
+
+    async def close(self) -> None:
+        """Ends what goes on without a client."""
+        await self._shared.close()
 
 
 def as_generation_error(error: Exception) -> GenerationError:
@@ -196,7 +259,8 @@ async def _one(service: Service, choice: Choice, index: int) -> AsyncGenerator[P
 
 
 async def _side_by_side(service: Service, choices: Sequence[Choice]) -> AsyncGenerator[Piece, None]:
-    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+    # bounded: a client that reads slowly holds up the choices, not their pieces
+    queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=_PIECES_AHEAD_MAX)
     tasks = [asyncio.create_task(_pump(service, choice, i, queue)) for i, choice in enumerate(choices)]
     try:
         running = len(tasks)
@@ -219,10 +283,21 @@ async def _pump(service: Service, choice: Choice, index: int, queue: asyncio.Que
     try:
         async with aclosing(_one(service, choice, index)) as pieces:
             async for piece in pieces:
-                queue.put_nowait(piece)
-        queue.put_nowait(None)
+                await queue.put(piece)
+        await queue.put(None)
     except Exception as error:
-        queue.put_nowait(error)
+        await queue.put(error)
+
+
+def _until(choices: Sequence[Choice], deadline_s: float | None) -> Sequence[Choice]:
+    if deadline_s is None:
+        return choices
+    return [replace(choice, request=replace(choice.request, deadline_s=deadline_s)) for choice in choices]
+
+
+def _size_bytes(piece: Piece) -> int:
+    """What a piece takes in memory, about (CPython 3.11, 64 bits)."""
+    return 300 + 2 * len(piece.text) + 150 * len(piece.token.top)
 
 
 def _compiled(tokenizer: Tokenizer) -> tuple[ChatTemplate | None, str]:

@@ -17,8 +17,9 @@ from starlette.routing import Route
 
 from orchestrator.choices import Answer, Piece, Service, as_generation_error, collect
 from orchestrator.generation import GenerationError, Token
-from orchestrator.openai_api import EventStream
+from orchestrator.openai_api import REPEATED_HEADER, EventStream
 from orchestrator.openai_requests import CompletionRequest, Work, completion_work, invalid, parse_json, parse_request
+from orchestrator.request_terms import Terms, current_terms, seeded
 
 TOKENS_DEFAULT = 20
 PARAMETERS = frozenset(CompletionRequest.model_fields) - {
@@ -41,22 +42,30 @@ class _Endpoints:
 
     async def generate(self, request: Request) -> Response:
         try:
-            work, details = await self._work(request)
-            (answer,) = await collect(self._pieces(request, work), 1)
-            return JSONResponse(self._whole(answer, details))
+            terms = current_terms()
+            headers = self._headers(terms)
+            work, details = await self._work(request, terms)
+            (answer,) = await collect(self._pieces(request, work, terms), 1)
+            return JSONResponse(self._whole(answer, details), headers=headers)
         except Exception as error:
             return _error_response(as_generation_error(error))
 
     async def generate_stream(self, request: Request) -> Response:
         try:
-            work, details = await self._work(request)
-            pieces = self._pieces(request, work)
+            terms = current_terms()
+            headers = self._headers(terms)
+            work, details = await self._work(request, terms)
+            pieces = self._pieces(request, work, terms)
             first = await anext(pieces)
-            return EventStream(self._events(first, pieces, details), pieces, {})
+            events = self._events(first, pieces, details)
+            return EventStream(events, pieces, headers, self._service.reader_timeout_s)
         except Exception as error:
             return _error_response(as_generation_error(error))
 
-    async def _work(self, request: Request) -> tuple[Work, bool]:
+    def _headers(self, terms: Terms) -> dict[str, str]:
+        return {} if self._service.begun_s(terms) is None else {REPEATED_HEADER: "true"}
+
+    async def _work(self, request: Request, terms: Terms) -> tuple[Work, bool]:
         name = request.path_params["model"]
         if name != self._service.name:
             raise GenerationError(f"Model with name {name} does not exist.", status=404, code="model_not_found")
@@ -75,12 +84,17 @@ class _Endpoints:
         body = {"max_tokens": TOKENS_DEFAULT, **parameters, "model": name, "prompt": data["text_input"]}
         if details:
             body["logprobs"] = 0
-        return completion_work(self._service, parse_request(CompletionRequest, body)), details
+        parsed = parse_request(CompletionRequest, seeded(body, terms))
+        return completion_work(self._service, parsed, terms=terms), details
 
-    def _pieces(self, request: Request, work: Work) -> AsyncGenerator[Piece, None]:
+    def _pieces(self, request: Request, work: Work, terms: Terms) -> AsyncGenerator[Piece, None]:
         request_id = request.headers.get("x-request-id") or f"gen-{uuid.uuid4().hex}"
         return self._service.generate(
-            work.choices, endpoint="generate", request_id=request_id, prompt_tokens=work.prompt_tokens
+            work.choices,
+            endpoint="generate",
+            request_id=request_id,
+            prompt_tokens=work.prompt_tokens,
+            terms=terms,
         )
 
     def _whole(self, answer: Answer, details: bool) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from functions.contract.sampling import SamplingParams
+from functions.contract.sampling import SEED_BOUND, SamplingParams
 
 FinishReason = Literal["stop", "length"]
 Priority = Literal["interactive", "batch"]  # which goes first, first
@@ -19,13 +20,15 @@ class GenerationRequest:
     Generation ends after `max_tokens` tokens ("length") or with a token of `stop_ids` ("stop"; that token is
     reported too). Texts that stop generation are the endpoint's business: it closes the iterator.
 
-    `priority` says who waits for whom, and changes no token."""
+    `priority` says who waits for whom, and changes no token. Past `deadline_s`, of time.monotonic(), nobody works on
+    it any more, and it ends with an error (504)."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     params: SamplingParams = field(default_factory=SamplingParams)
     stop_ids: frozenset[int] = frozenset()
     priority: Priority = "interactive"
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,29 @@ class GenerationError(Exception):
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+
+
+def past_deadline() -> GenerationError:
+    return GenerationError(
+        "the time that the request was given is over; what there is of the answer was given up",
+        status=504,
+        code="deadline_exceeded",
+    )
+
+
+def shutting_down() -> GenerationError:
+    """The same request, sent again, finds another process or the next one."""
+    return GenerationError(
+        "the server is shutting down; send the request again", status=503, code="shutting_down", retry_after_s=1
+    )
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """Choice 0 has the request's own seed, so that n does not change it; the others are hashed from it."""
+    if choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % SEED_BOUND
 
 
 class Generator(Protocol):

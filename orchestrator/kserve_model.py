@@ -18,7 +18,9 @@ from kserve.protocol.infer_type import to_http_parameters
 
 from orchestrator.choices import Answer, Service, as_generation_error, collect
 from orchestrator.generation import GenerationError
+from orchestrator.openai_api import REPEATED_HEADER
 from orchestrator.openai_requests import CompletionRequest, Work, completion_work, invalid, parse_json, parse_request
+from orchestrator.request_terms import Terms, current_terms, seeded
 
 # parameters of /openai/v1/completions that make no sense for one text in, one text out
 _NOT_HERE = frozenset({"model", "n", "best_of", "stream", "stream_options", "echo", "return_token_ids"})
@@ -27,6 +29,8 @@ _OUTPUTS = ("text_output", "output_ids", "finish_reason")
 _FRACTIONS = frozenset(name for name, info in CompletionRequest.model_fields.items() if info.annotation is float)
 _GRPC_CODES = {
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
     503: grpc.StatusCode.UNAVAILABLE,
     404: grpc.StatusCode.NOT_FOUND,
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -77,40 +81,44 @@ class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None
     ) -> Any:
-        request_id = (headers or {}).get("x-request-id") or f"infer-{uuid.uuid4().hex}"
         over_grpc = isinstance(payload, kserve.InferRequest) and bool(payload.from_grpc)
         try:
+            terms = current_terms()
+            tag = uuid.uuid4().hex if terms.key is None else terms.key.tag
+            request_id = (headers or {}).get("x-request-id") or f"infer-{tag}"
+            if self._service.begun_s(terms) is not None and response_headers is not None:
+                response_headers[REPEATED_HEADER] = "true"
             if isinstance(payload, kserve.InferRequest):
-                return await self._infer(payload, request_id)
-            return await self._predict_v1(payload, request_id, (headers or {}).get("content-type", ""))
+                return await self._infer(payload, request_id, terms)
+            return await self._predict_v1(payload, request_id, (headers or {}).get("content-type", ""), terms)
         except Exception as error:
             _raise_for_kserve(as_generation_error(error), over_grpc=over_grpc)
 
-    async def _predict_v1(self, payload: Any, request_id: str, content_type: str) -> dict[str, Any]:
+    async def _predict_v1(self, payload: Any, request_id: str, content_type: str, terms: Terms) -> dict[str, Any]:
         if isinstance(payload, bytes) and content_type.lower().startswith("application/json"):
             payload = parse_json(payload)  # KServe decodes only where no charset is named
-        bodies = _v1_bodies(payload, self.name)
+        bodies = [seeded(body, terms, i) for i, body in enumerate(_v1_bodies(payload, self.name))]
         requests = [parse_request(CompletionRequest, body) for body in bodies]
-        work = _joined([completion_work(self._service, request) for request in requests])
-        answers = await self._answers(work, "v1", request_id)
+        work = _joined([completion_work(self._service, request, terms=terms) for request in requests])
+        answers = await self._answers(work, "v1", request_id, terms)
         return {"predictions": [_prediction(work, i, answer) for i, answer in enumerate(answers)]}
 
-    async def _infer(self, request: kserve.InferRequest, request_id: str) -> kserve.InferResponse:
+    async def _infer(self, request: kserve.InferRequest, request_id: str, terms: Terms) -> kserve.InferResponse:
         wanted = _wanted_outputs(request)
         parameters = _checked_parameters(_v2_parameters(request))
         if "prompt" in parameters:
             raise invalid("the prompt of a V2 request is its input text_input or input_ids", "prompt")
         body = {**parameters, "model": self.name, "prompt": _v2_prompt(request)}
-        work = completion_work(self._service, parse_request(CompletionRequest, body))
-        answers = await self._answers(work, "v2", request_id)
+        work = completion_work(self._service, parse_request(CompletionRequest, seeded(body, terms)), terms=terms)
+        answers = await self._answers(work, "v2", request_id, terms)
         outputs = [_output(name, answers) for name in wanted]
         return kserve.InferResponse(request.id or request_id, self.name, outputs, from_grpc=request.from_grpc)
 
-    async def _answers(self, work: Work, endpoint: str, request_id: str) -> list[Answer]:
+    async def _answers(self, work: Work, endpoint: str, request_id: str, terms: Terms) -> list[Answer]:
         if len(work.choices) > self._service.choices_max:
             raise invalid(f"{len(work.choices)} instances are over the limit of {self._service.choices_max}")
         pieces = self._service.generate(
-            work.choices, endpoint=endpoint, request_id=request_id, prompt_tokens=work.prompt_tokens
+            work.choices, endpoint=endpoint, request_id=request_id, prompt_tokens=work.prompt_tokens, terms=terms
         )
         return await collect(pieces, len(work.choices))
 

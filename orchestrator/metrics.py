@@ -20,6 +20,11 @@ FIRST_TOKEN_S = Histogram(
 INTER_TOKEN_S = Histogram(
     "stagecraft_inter_token_seconds", "Between two tokens of one choice", ["model"], buckets=_SECONDS
 )
+SHARED = Counter(
+    "stagecraft_idempotent_requests",
+    "Requests with an idempotency key: begun, joined, repeated, or refused for another body",
+    ["model", "outcome"],
+)
 BATCH_REQUESTS = Counter(
     "stagecraft_batch_requests", "Request events of batches by what became of them", ["model", "outcome"]
 )

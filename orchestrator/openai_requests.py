@@ -6,7 +6,6 @@ return_token_ids are additions that vLLM's server knows under the same names.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from functions.contract.sampling import MAX_TOP_LOGPROBS, SEED_BOUND, SamplingParams
 from orchestrator.chat import ChatTemplateError
 from orchestrator.choices import Choice, Service
-from orchestrator.generation import GenerationError, GenerationRequest, Priority
+from orchestrator.generation import GenerationError, GenerationRequest, Priority, choice_seed
+from orchestrator.request_terms import NO_TERMS, Terms
 from orchestrator.tokenizer import TokenizerError
 
 N_MAX = 16
@@ -212,9 +212,11 @@ def parse_request(kind: type[R], data: Mapping[str, Any]) -> R:
         _raise_first(error)
 
 
-def completion_work(service: Service, request: CompletionRequest, priority: Priority = "interactive") -> Work:
-    """Raises GenerationError (400, and 503 while the model's limits are not known yet)."""
-    service.check_ready()
+def completion_work(
+    service: Service, request: CompletionRequest, priority: Priority = "interactive", terms: Terms = NO_TERMS
+) -> Work:
+    """Raises GenerationError (400, and what `Service.check_open` does)."""
+    service.check_open(priority, terms)
     if request.best_of is not None and request.best_of != request.n:
         raise invalid("best_of is only supported where it equals n", "best_of", "unsupported_parameter")
     if request.echo and request.logprobs is not None:
@@ -224,9 +226,11 @@ def completion_work(service: Service, request: CompletionRequest, priority: Prio
     return _work(service, request, prompts, request.max_tokens, default, priority, continues=True)
 
 
-def chat_work(service: Service, request: ChatRequest, priority: Priority = "interactive") -> Work:
-    """Raises GenerationError (400, and 503 while the model's limits are not known yet)."""
-    service.check_ready()
+def chat_work(
+    service: Service, request: ChatRequest, priority: Priority = "interactive", terms: Terms = NO_TERMS
+) -> Work:
+    """As `completion_work`."""
+    service.check_open(priority, terms)
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
     if None not in (request.max_tokens, request.max_completion_tokens):
@@ -242,14 +246,6 @@ def chat_work(service: Service, request: ChatRequest, priority: Priority = "inte
     ids = _encode(service, text, "messages", add_special_tokens=False)
     limit, default = request.max_completion_tokens or request.max_tokens, CHAT_TOKENS_DEFAULT
     return _work(service, request, (Prompt(ids),), limit, default, priority, continues=False, param="messages")
-
-
-def choice_seed(seed: int, choice: int) -> int:
-    """Choice 0 has the request's own seed, so that n does not change it; the others are hashed from it."""
-    if choice == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed}/{choice}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % SEED_BOUND
 
 
 def _work(

@@ -9,6 +9,8 @@ from orchestrator import lanes
 from orchestrator.generation import GenerationError, Priority, Token
 from orchestrator.window import Window
 
+UNREAD_TOKENS_MAX = 256  # of a sequence whose reader is slow: then it pauses
+
 
 @dataclass(eq=False)
 class Job:
@@ -17,6 +19,20 @@ class Job:
     sequence: lanes.Sequence
     kv_tokens: int
     out: asyncio.Queue[Token | GenerationError] = field(default_factory=asyncio.Queue)
+    news: asyncio.Event | None = None  # of its lane, once it has one
+    dropped: bool = False  # nobody reads it any more
+
+    @property
+    def paused(self) -> bool:
+        """Whether so many tokens lie unread that it makes no more for now."""
+        return self.out.qsize() >= UNREAD_TOKENS_MAX
+
+    async def next(self) -> Token | GenerationError:
+        """What comes by the line."""
+        item = await self.out.get()
+        if self.news is not None and self.out.qsize() == UNREAD_TOKENS_MAX - 1:
+            self.news.set()  # it may have been paused
+        return item
 
     @property
     def priority(self) -> Priority:

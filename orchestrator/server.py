@@ -30,6 +30,7 @@ from knative.eventing.store_errors import StoreError
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
 from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
+from orchestrator.shared_generation import SharedSettings
 from orchestrator.tokenizer import TokenizerError, load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from orchestrator.events_api import EventsDoor
 
 _log = structlog.get_logger("orchestrator")
+
+_LAST_WORDS_S = 2.0  # before uvicorn cuts the connections that are left
 
 Hook = Callable[[], Awaitable[None]]
 
@@ -76,19 +79,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             requests_max=settings.requests_max,
             batch_requests_max=settings.batch_workers,
             choices_max=settings.choices_max,
+            reader_timeout_s=settings.reader_timeout_s,
+            shared=shared_settings(settings),
+            wait_s=chain.wait_s,
         )
-        return serve(service, settings, start=chain.start, close=chain.close)
+        return serve(service, settings, start=chain.start, stop=chain.stop, close=chain.close)
     except (SettingsError, TokenizerError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2
 
 
 def serve(
-    service: Service, settings: OrchestratorSettings, *, start: Hook | None = None, close: Hook | None = None
+    service: Service,
+    settings: OrchestratorSettings,
+    *,
+    start: Hook | None = None,
+    stop: Callable[[], None] = lambda: None,
+    close: Hook | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code.
 
-    `start` runs beside the server, which answers 503 until `service.generator.ready`; `close` runs at the end."""
+    `start` runs beside the server, which answers 503 until `service.generator.ready`. After the signal running requests
+    have most of `grace_s`; then `stop` is to end those that are left with an error, for which there is the rest of it.
+    `close` runs at the end."""
     events = _events_door(service, settings)
     try:
         check_ports(settings)
@@ -104,18 +117,33 @@ def serve(
         from orchestrator.kserve_model import StagedModel
         from orchestrator.kserve_parts import FixedModels, StagedDataPlane
 
-    kserve.model_server.GRPCServer = bound_to(settings.host, settings.body_bytes_max)
-    prepare_app(app, service, events, body_bytes_max=settings.body_bytes_max)
+    kserve.model_server.GRPCServer = bound_to(settings.host, settings.body_bytes_max, settings.request_timeout_s)
+    prepare_app(app, service, events, body_bytes_max=settings.body_bytes_max, timeout_s=settings.request_timeout_s)
     # the events' queue before the chain, whose start may take long; the other way round at the end
     starts = [hook for hook in (events and events.start, start) if hook]
-    closes = [hook for hook in (events and events.close, close) if hook]
+    closes = [hook for hook in (events and events.close, service.close, close) if hook]
     app.router.lifespan_context = _lifespan(starts, closes, outcome)
 
     class Server(kserve.ModelServer):  # type: ignore[misc]  # kserve has no types
         async def _serve(self) -> None:
             # KServe has no argument for the address
             self._rest_server.config.host = settings.host
+            self._tell_of_exit(self._rest_server._server, asyncio.get_running_loop())
             await super()._serve()
+
+        def _tell_of_exit(self, uvicorn: Any, loop: asyncio.AbstractEventLoop) -> None:
+            exit_of_uvicorn = uvicorn.handle_exit
+
+            def begin_to_stop() -> None:
+                service.stop()
+                loop.call_later(_grace_of_running_s(settings.grace_s), stop)
+
+            def handle_exit(number: int, frame: Any) -> None:
+                if not uvicorn.should_exit:
+                    loop.call_soon_threadsafe(begin_to_stop)
+                exit_of_uvicorn(number, frame)
+
+            uvicorn.handle_exit = handle_exit
 
     server = Server(
         http_port=settings.http_port,
@@ -146,7 +174,9 @@ def serve(
     return 0
 
 
-def prepare_app(app: FastAPI, service: Service, events: EventsDoor | None, *, body_bytes_max: int) -> None:
+def prepare_app(
+    app: FastAPI, service: Service, events: EventsDoor | None, *, body_bytes_max: int, timeout_s: float
+) -> None:
     """Adds our routes, errors and limits to KServe's application, which adds its own routes after them."""
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
@@ -157,6 +187,7 @@ def prepare_app(app: FastAPI, service: Service, events: EventsDoor | None, *, bo
     from orchestrator.openai_api import PREFIX as OPENAI_PREFIX
     from orchestrator.openai_api import openai_app
     from orchestrator.openai_replies import error_body
+    from orchestrator.request_terms import TermsReader
 
     async def on_generation_error(request: Any, error: Any) -> JSONResponse:
         headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
@@ -178,7 +209,22 @@ def prepare_app(app: FastAPI, service: Service, events: EventsDoor | None, *, bo
     app.add_exception_handler(GenerationError, on_generation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
+    app.add_middleware(TermsReader, timeout_s=timeout_s)
     app.add_middleware(HttpGuard, body_bytes_max=body_bytes_max, error_body=body_for)
+
+
+def shared_settings(settings: OrchestratorSettings) -> SharedSettings:
+    return SharedSettings(
+        settings.idempotency_keep_s,
+        settings.idempotency_count_max,
+        settings.idempotency_bytes_max,
+        settings.idempotency_linger_s,
+    )
+
+
+def _grace_of_running_s(grace_s: float) -> float:
+    """What running requests get of it; the rest is for telling clients that theirs has not ended."""
+    return max(grace_s - _LAST_WORDS_S, grace_s / 2)
 
 
 def check_ports(settings: OrchestratorSettings) -> None:

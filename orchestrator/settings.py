@@ -51,12 +51,27 @@ class OrchestratorSettings(BaseSettings):
     )
     choices_max: int = Field(128, gt=0, description="sequences that one request may ask for (prompts x n)")
     grace_s: int = Field(25, ge=0, description="seconds that running requests get after SIGTERM")
+    request_timeout_s: float = Field(
+        0, ge=0, description="seconds after which a request is given up, whatever it asks for; 0: it says itself"
+    )
+    reader_timeout_s: float = Field(
+        60, gt=0, description="seconds after which a stream is cut whose client takes nothing of it"
+    )
+    idempotency_keep_s: float = Field(
+        600, ge=0, description="seconds that the answer to a request with an Idempotency-Key is kept"
+    )
+    idempotency_count_max: int = Field(4096, gt=0, description="answers kept for their keys at once")
+    idempotency_bytes_max: int = Field(64 << 20, gt=0, description="memory for answers kept for their keys")
+    idempotency_linger_s: float = Field(
+        15, ge=0, description="seconds that a generation with a key goes on when its client has gone; 0: not at all"
+    )
     spread: int = Field(0, ge=0, description="stages that compute at once, which lanes are to keep busy; 0: all")
     lane_width: int = Field(64, gt=0, description="sequences in a lane")
     lanes_max: int = Field(0, ge=0, description="lanes of sequences at once, 0 for no bound")
     lane_age_s: float = Field(5, ge=0, description="seconds after which a lane takes no new sequences; 0: never")
     step_tokens_max: int = Field(512, gt=0, description="tokens of one step: decode tokens and prefill chunks")
     waiting_max: int = Field(1024, gt=0, description="sequences that wait for a lane; more get 429")
+    waiting_tokens_max: int = Field(4 << 20, gt=0, description="tokens of their prompts; more get 429")
     wake_timeout_s: float = Field(600, gt=0, description="seconds that stages get to wake and load")
     step_timeout_s: float = Field(120, gt=0, description="seconds that a stage gets for one step")
     release_timeout_s: float = Field(10, gt=0, description="seconds that a stage gets to free sequences")
