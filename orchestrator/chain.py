@@ -211,7 +211,7 @@ class Chain:
         prompts = sum(len(job.sequence.request.prompt) for job in line)
         if len(line) >= self.settings.waiting_max or prompts + len(request.prompt) > self.settings.waiting_tokens_max:
             raise GenerationError(
-                f"{len(line)} requests with prompts of {prompts} tokens are waiting, which is the limit; try again "
+                f"{len(line)} requests are waiting, with {prompts} tokens of prompts, which is the limit; try again "
                 "later",
                 status=429,
                 code="overloaded",

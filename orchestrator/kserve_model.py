@@ -55,7 +55,7 @@ class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
     """Registered before it is ready; `healthy` follows the generator, so probes get 503 until all stages are up."""
 
     def __init__(self, service: Service) -> None:
-        super().__init__(service.name)
+        super().__init__(service.name, return_response_headers=True)
         self._service = service
 
     async def healthy(self) -> bool:

@@ -219,6 +219,17 @@ def steps_taken() -> Callable[[str], int]:
 
 
 @pytest.fixture(scope="session")
+def tokens_computed() -> Callable[[str], int]:
+    """A stage's URL -> the tokens that it has computed, by its own count."""
+
+    def count(url: str) -> int:
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        return int(next(float(line.split()[-1]) for line in lines if line.startswith("stagecraft_stage_tokens_total ")))
+
+    return count
+
+
+@pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Eight prompts of different lengths, some past the sliding windows of the small models."""
     generator = torch.Generator().manual_seed(1)

@@ -21,7 +21,8 @@ from knative.revision import Revision
 
 WAIT_S = 30.0  # against hangs
 
-# /slow?S answers after S seconds, /stream sends a line every 0.05 s, /env says its variables
+# /slow?S answers after S seconds, /stream sends a line every 0.05 s, /env says its variables; /chunked and /announced
+# begin a body whose end can be told and do not end it
 SERVER = """
 import http.server, json, os, sys, time, urllib.parse
 
@@ -39,12 +40,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(float(url.query))
         if url.path == "/stream":
             return self.stream(int(url.query))
+        if url.path in ("/chunked", "/announced"):
+            return self.begin(url.path == "/chunked", int(url.query))
         facts = {"pid": os.getpid(), "path": self.path, "env": dict(os.environ) if url.path == "/env" else {}}
         body = json.dumps({"text": os.environ.get("TEXT", "hello"), **facts}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def begin(self, chunked, size):
+        self.send_response(200)
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(size))))
+        self.end_headers()
+        self.wfile.write(b"5\\r\\nbegun\\r\\n" if chunked else b"begun")
+        time.sleep(600)
 
     def stream(self, count):
         self.send_response(200)

@@ -77,6 +77,23 @@ async def test_a_request_at_zero_wakes_the_services_it_will_need(
     assert first_ready == 3  # none waited for another
 
 
+@pytest.mark.parametrize("way", ["chunked", "announced"])
+@pytest.mark.parametrize("capacity", ["0", "-1"], ids=["past the activator", "through the activator"])
+async def test_a_body_that_its_replica_did_not_end_is_cut(
+    way: str, capacity: str, start: Start, service: Service, until: Until
+) -> None:
+    """Whoever reads it can tell that from an end."""
+    cluster = await start()
+    await cluster.apply(service("cut", annotations={"target-burst-capacity": capacity}))
+    await until(cluster.ready("cut"))
+    pid = (await cluster.ask("cut"))["pid"]
+    async with cluster.client.get(f"{cluster.platform.url}/default/cut/{way}?1000000") as answer:
+        assert await answer.content.readexactly(5) == b"begun"
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await answer.content.read()
+
+
 async def test_a_gpu_that_is_taken_is_waited_for_with_a_reason(start: Start, service: Service, until: Until) -> None:
     cluster = await start(gpus=("7",))
     two = {"min-scale": "2", "max-scale": "2"}

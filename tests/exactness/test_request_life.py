@@ -1,0 +1,511 @@
+"""What becomes of a request: repeated by its key, over its time, cut off by either end, over real stage processes.
+
+Stage processes import this module, so kserve is imported only where it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing.reduction
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+NAME, PLAN = "whole", "life-plan"
+CONTEXT = 4096
+ENDLESS = 4000  # more tokens than any test waits for
+PROMPT = [20, 21, 22]
+SAMPLED = {"temperature": 1, "max_tokens": 16, "ignore_eos": True}
+LIMITS = {"LANES_MAX": "1", "LANE_WIDTH": "4", "STEP_TOKENS_MAX": "16"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with its tokenizer, but a long context and weights so large that every token matters."""
+    from transformers import LlamaForCausalLM
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("life") / "tiny"))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.config.max_position_embeddings = CONTEXT
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_stage(listener: Any, environment: dict[str, str]) -> None:
+    from functions.server import serve
+
+    os.environ.update(environment)
+    os._exit(serve(listener.detach()))
+
+
+@contextmanager
+def stage(context: Any, environment: dict[str, str]) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        handle = multiprocessing.reduction.DupFd(listener.fileno())
+        process = context.Process(target=run_stage, args=(handle, environment), daemon=True)
+        process.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="module")
+def stage_urls(checkpoint: Path, fork_server: Any) -> Iterator[list[str]]:
+    with ExitStack() as running:
+        yield [
+            running.enter_context(
+                stage(
+                    fork_server,
+                    {
+                        "STAGE_MODEL": str(checkpoint),
+                        "STAGE_BLOCKS": blocks,
+                        "STAGE_INDEX": str(index),
+                        "STAGE_COUNT": "2",
+                        "STAGE_PLAN": PLAN,
+                        "STAGE_THREADS": "1",
+                    },
+                )
+            )
+            for index, blocks in enumerate(["0:2", "2:4"])
+        ]
+
+
+@dataclass
+class Orchestrator:
+    """A process that may be ended and started again at its ports."""
+
+    root: Path
+    log: Path
+    settings: dict[str, str]
+    stage_urls: list[str]
+    ports: list[int] = field(default_factory=lambda: free_ports(2))
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    def start(self) -> None:
+        given = {**self.settings, "HTTP_PORT": str(self.ports[0]), "GRPC_PORT": str(self.ports[1])}
+        environment = {f"ORCHESTRATOR_{name}": value for name, value in given.items()}
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "orchestrator.server"],
+                env={**os.environ, **environment, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=output,
+            )
+        self.wait(lambda: httpx.get(f"{self.url}/v2/models/{NAME}/ready").status_code == 200)
+
+    def wait(self, met: Callable[[], bool]) -> None:
+        for _ in range(2400):
+            assert self.process is not None
+            if self.process.poll() is not None:
+                pytest.fail(f"the orchestrator ended with {self.process.returncode}:\n{self.log.read_text()}")
+            try:
+                if met():
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        pytest.fail(f"never happened:\n{self.log.read_text()}")
+
+    def end(self, number: signal.Signals) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def sequences(self) -> list[float]:
+        """Sequences that each stage holds."""
+        return [metric(url, "stagecraft_stage_sequences") for url in self.stage_urls]
+
+    def tokens(self) -> float:
+        """Tokens that went through the first stage so far."""
+        return metric(self.stage_urls[0], "stagecraft_stage_tokens_total")
+
+    def waiting(self) -> float:
+        return metric(self.url, 'stagecraft_sequences_waiting{priority="interactive"}')
+
+    def until_idle(self) -> None:
+        self.wait(lambda: self.sequences() == [0.0, 0.0])
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [taken.getsockname()[1] for taken in sockets]
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+
+
+@pytest.fixture(scope="module")
+def new_orchestrator(
+    root: Path, checkpoint: Path, stage_urls: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Orchestrator]]:
+    """(NAME=value...) -> a running orchestrator over the stages; ended with the module."""
+    started: list[Orchestrator] = []
+
+    def start(**settings: str) -> Orchestrator:
+        common = {
+            "MODEL": str(checkpoint),
+            "MODEL_NAME": NAME,
+            "STAGE_URLS": ",".join(stage_urls),
+            "PLAN": PLAN,
+            "HOST": "127.0.0.1",
+            **LIMITS,
+        }
+        log = tmp_path_factory.mktemp("orchestrator") / "log"
+        started.append(Orchestrator(root, log, {**common, **settings}, stage_urls))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for orchestrator in started:
+        assert orchestrator.process is not None
+        if orchestrator.process.poll() is None:
+            orchestrator.process.kill()
+            orchestrator.process.wait()
+
+
+@pytest.fixture(scope="module")
+def running(new_orchestrator: Callable[..., Orchestrator]) -> Orchestrator:
+    return new_orchestrator()
+
+
+def completion(**options: Any) -> tuple[str, dict[str, Any]]:
+    body = {"model": NAME, "prompt": PROMPT, **SAMPLED, "return_token_ids": True, **options}
+    return "/openai/v1/completions", body
+
+
+def chat(**options: Any) -> tuple[str, dict[str, Any]]:
+    body = {"model": NAME, "messages": [{"role": "user", "content": "To be?"}], **SAMPLED, **options}
+    return "/openai/v1/chat/completions", body
+
+
+def predict(**options: Any) -> tuple[str, dict[str, Any]]:
+    body = {"instances": ["To be", "To be"], "parameters": {**SAMPLED, **options}}
+    return f"/v1/models/{NAME}:predict", body
+
+
+def infer(**options: Any) -> tuple[str, dict[str, Any]]:
+    tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": ["To be"]}
+    return f"/v2/models/{NAME}/infer", {"inputs": [tensor], "parameters": {**SAMPLED, **options}}
+
+
+def generate(**options: Any) -> tuple[str, dict[str, Any]]:
+    return f"/v2/models/{NAME}/generate", {"text_input": "To be", "parameters": {**SAMPLED, **options}}
+
+
+def generate_stream(**options: Any) -> tuple[str, dict[str, Any]]:
+    path, body = generate(**options)
+    return f"{path}_stream", body
+
+
+WHOLE: dict[str, Callable[..., tuple[str, dict[str, Any]]]] = {
+    "completion": completion, "chat": chat, "v1": predict, "v2": infer, "generate": generate
+}  # fmt: skip
+STREAMED: dict[str, Callable[..., tuple[str, dict[str, Any]]]] = {
+    "completion stream": lambda **options: completion(stream=True, **options),
+    "chat stream": lambda **options: chat(stream=True, n=2, **options),
+    "generate_stream": generate_stream,
+}
+ALL = {**WHOLE, **STREAMED}
+
+
+def post(orchestrator: Orchestrator, asked: tuple[str, dict[str, Any]], **headers: str) -> httpx.Response:
+    path, body = asked
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(orchestrator.url + path, json=body, headers=given, timeout=120)
+
+
+def ids_of(text: str) -> list[int]:
+    """The token ids in the events of a streamed completion."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
+    return [token for line in lines for choice in json.loads(line).get("choices", ()) for token in choice["token_ids"]]
+
+
+def read_some(orchestrator: Orchestrator, key: str, events: int, asked: tuple[str, dict[str, Any]]) -> str:
+    """The first events of a stream, which is left then."""
+    path, body = asked
+    text = ""
+    with httpx.stream(
+        "POST", orchestrator.url + path, json=body, headers={"idempotency-key": key}, timeout=120
+    ) as reply:
+        for part in reply.iter_text():
+            text += part
+            if text.count("\n\n") >= events:
+                return text
+    pytest.fail("the stream ended by itself")
+
+
+# -- keys
+
+
+@pytest.mark.parametrize("way", ALL)
+def test_a_key_repeats_its_answer_and_computes_nothing_anew(running: Orchestrator, way: str) -> None:
+    first = post(running, ALL[way](), idempotency_key=f"repeat {way}")
+    assert (first.status_code, "idempotency-replayed" in first.headers) == (200, False), first.text
+    before = running.tokens()
+    again = post(running, ALL[way](), idempotency_key=f'"repeat {way}"')
+    assert (again.status_code, again.headers["idempotency-replayed"]) == (200, "true")
+    assert again.text == first.text
+    assert running.tokens() == before
+    other_body = post(running, ALL[way](max_tokens=15), idempotency_key=f"repeat {way}")
+    assert other_body.status_code == 422
+    assert "Idempotency-Key" in other_body.text
+    other_key = post(running, ALL[way](), idempotency_key=f"another {way}")
+    assert other_key.text != first.text, "the text was not drawn"
+    other_sender = post(running, ALL[way](), idempotency_key=f"repeat {way}", authorization="Bearer other")
+    assert "idempotency-replayed" not in other_sender.headers
+    assert other_sender.text not in (first.text, other_key.text)
+
+
+async def test_a_key_repeats_its_answer_over_grpc(running: Orchestrator) -> None:
+    from grpc.aio import AioRpcError
+    from kserve import InferenceGRPCClient, InferInput, InferRequest
+
+    def request(**parameters: Any) -> InferRequest:
+        tensor = InferInput("input_ids", [1, len(PROMPT)], "INT64", data=PROMPT)
+        given = {**SAMPLED, "temperature": "1", **parameters}
+        return InferRequest(NAME, [tensor], parameters=given)
+
+    async with InferenceGRPCClient(f"127.0.0.1:{running.ports[1]}") as client:
+        first, second = request(), request()
+        second.id = first.id
+        texts = []
+        for asked in (first, second):
+            reply = await client.infer(asked, headers=[("idempotency-key", "grpc")])
+            texts.append([output.as_numpy().tolist() for output in reply.outputs])
+        assert texts[0] == texts[1]
+        other = request(max_tokens=3)
+        other.id = first.id
+        with pytest.raises(AioRpcError, match="Idempotency-Key"):
+            await client.infer(other, headers=[("idempotency-key", "grpc")])
+
+
+@pytest.mark.parametrize("way", ALL)
+def test_headers_that_cannot_be_used_are_refused(running: Orchestrator, way: str) -> None:
+    assert post(running, ALL[way](), idempotency_key="k" * 256).status_code == 400
+    assert post(running, ALL[way](), x_request_timeout_ms="soon").status_code == 400
+
+
+def test_a_client_that_was_cut_off_gets_its_text_from_the_beginning(running: Orchestrator) -> None:
+    running.until_idle()
+    before = running.tokens()
+    asked = completion(stream=True, max_tokens=300)
+    begun = read_some(running, "cut off", 5, asked)
+    whole = post(running, asked, idempotency_key="cut off")
+    assert whole.text.startswith(begun)
+    assert whole.text.endswith("data: [DONE]\n\n")
+    assert len(ids_of(whole.text)) == 300
+    assert running.tokens() - before == len(PROMPT) + 300 - 1, "something was computed twice"
+
+
+def test_a_key_leads_to_the_same_text_after_the_orchestrator_was_lost(
+    new_orchestrator: Callable[..., Orchestrator],
+) -> None:
+    orchestrator = new_orchestrator()
+    asked = completion(stream=True, max_tokens=600)
+    path, body = asked
+    text = ""
+    with (
+        pytest.raises(httpx.RemoteProtocolError),
+        httpx.stream(
+            "POST", orchestrator.url + path, json=body, headers={"idempotency-key": "lost"}, timeout=120
+        ) as reply,
+    ):
+        for part in reply.iter_text():
+            text += part
+            if text.count("\n\n") >= 5 and orchestrator.process is not None and orchestrator.process.poll() is None:
+                orchestrator.end(signal.SIGKILL)
+    begun = ids_of(text[: text.rindex("\n\n")])
+    assert 5 <= len(begun) < 600
+    orchestrator.start()
+    whole = post(orchestrator, asked, idempotency_key="lost")
+    assert ids_of(whole.text)[: len(begun)] == begun
+    assert len(ids_of(whole.text)) == 600
+    ids = [json.loads(part.splitlines()[0].removeprefix("data: "))["id"] for part in (text, whole.text)]
+    assert ids[0] == ids[1]
+    seed = whole.headers["x-stagecraft-seed"]
+    with_seed = post(orchestrator, completion(stream=True, max_tokens=600, seed=int(seed)))
+    assert ids_of(with_seed.text) == ids_of(whole.text)
+    orchestrator.end(signal.SIGTERM)
+
+
+# -- the end of the process
+
+
+@pytest.fixture(scope="module")
+def last_words(new_orchestrator: Callable[..., Orchestrator]) -> dict[str, Any]:
+    """What requests that are under way hear when the process is told to end before they can."""
+    orchestrator = new_orchestrator(GRACE_S="1", LANE_WIDTH="8", IDEMPOTENCY_LINGER_S="600")
+
+    async def ask(client: httpx.AsyncClient, way: str) -> httpx.Response:
+        path, body = ALL[way](max_tokens=ENDLESS)
+        return await client.post(orchestrator.url + path, json=body)
+
+    async def over_grpc() -> Any:
+        from grpc.aio import AioRpcError
+        from kserve import InferenceGRPCClient, InferInput, InferRequest
+
+        tensor = InferInput("input_ids", [1, len(PROMPT)], "INT64", data=PROMPT)
+        request = InferRequest(NAME, [tensor], parameters={"max_tokens": ENDLESS, "ignore_eos": True})
+        async with InferenceGRPCClient(f"127.0.0.1:{orchestrator.ports[1]}") as client:
+            try:
+                await client.infer(request)
+            except AioRpcError as error:
+                return error.code().name
+
+    async def all_at_once() -> dict[str, Any]:
+        async with httpx.AsyncClient(timeout=120) as client:
+            tasks = {way: asyncio.create_task(ask(client, way)) for way in ("v1", "completion", *STREAMED)}
+            tasks["grpc"] = asyncio.create_task(over_grpc())  # type: ignore[assignment]
+            await asyncio.to_thread(orchestrator.wait, lambda: orchestrator.sequences() == [8.0, 8.0])
+            assert await asyncio.to_thread(orchestrator.end, signal.SIGTERM) == 0
+            return dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+
+    return asyncio.run(all_at_once())
+
+
+@pytest.mark.parametrize("way", ["v1", "completion"])
+def test_a_request_that_cannot_end_in_time_gets_an_error(last_words: dict[str, Any], way: str) -> None:
+    reply = last_words[way]
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert "shutting down" in reply.text
+
+
+@pytest.mark.parametrize("way", STREAMED)
+def test_a_stream_that_cannot_end_in_time_ends_with_an_error(last_words: dict[str, Any], way: str) -> None:
+    """A body that was cut would have raised an error where it was read."""
+    reply = last_words[way]
+    assert reply.status_code == 200
+    *_, last = reply.text.removesuffix("\n\n").split("\n\n")
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert "shutting down" in (error if way == "generate_stream" else error["message"])
+    if way != "generate_stream":
+        assert error["code"] == "shutting_down"
+
+
+def test_a_grpc_call_that_cannot_end_in_time_gets_an_error(last_words: dict[str, Any]) -> None:
+    assert last_words["grpc"] == "UNAVAILABLE"
+
+
+def test_nothing_is_left_in_the_stages(last_words: dict[str, Any], running: Orchestrator) -> None:
+    running.until_idle()
+
+
+# -- deadlines
+
+
+@pytest.mark.parametrize("way", WHOLE)
+def test_past_its_deadline_a_request_is_given_up(running: Orchestrator, way: str) -> None:
+    running.until_idle()
+    before = running.tokens()
+    reply = post(running, ALL[way](max_tokens=ENDLESS), x_request_timeout_ms="200")
+    assert reply.status_code == 504
+    assert "time that the request was given is over" in reply.text
+    running.until_idle()
+    assert running.tokens() - before < ENDLESS
+
+
+@pytest.mark.parametrize("way", STREAMED)
+def test_past_its_deadline_a_stream_ends_with_an_error(running: Orchestrator, way: str) -> None:
+    running.until_idle()
+    reply = post(running, STREAMED[way](max_tokens=ENDLESS), x_request_timeout_ms="1000")
+    if reply.status_code == 504:
+        return  # a busy machine: not a token was there in time
+    *_, last = reply.text.removesuffix("\n\n").split("\n\n")
+    assert "time that the request was given is over" in str(json.loads(last.removeprefix("data: "))["error"])
+    running.until_idle()
+
+
+async def test_a_grpc_deadline_is_kept(running: Orchestrator) -> None:
+    from grpc.aio import AioRpcError
+    from kserve import InferenceGRPCClient, InferInput, InferRequest
+
+    tensor = InferInput("input_ids", [1, len(PROMPT)], "INT64", data=PROMPT)
+    request = InferRequest(NAME, [tensor], parameters={"max_tokens": ENDLESS, "ignore_eos": True})
+    async with InferenceGRPCClient(f"127.0.0.1:{running.ports[1]}") as client:
+        with pytest.raises(AioRpcError, match="DEADLINE_EXCEEDED"):
+            await client.infer(request, timeout=0.3)
+    await asyncio.to_thread(running.until_idle)
+
+
+async def fill(running: Orchestrator, client: httpx.AsyncClient) -> list[asyncio.Task[httpx.Response]]:
+    """Requests that hold all places of the lane until they are cancelled."""
+    path, body = completion(max_tokens=ENDLESS)
+    tasks = [asyncio.create_task(client.post(running.url + path, json=body)) for _ in range(int(LIMITS["LANE_WIDTH"]))]
+    await asyncio.to_thread(running.wait, lambda: running.sequences() == [4.0, 4.0])
+    return tasks
+
+
+async def leave(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_request_whose_time_is_over_leaves_the_line(running: Orchestrator) -> None:
+    async with httpx.AsyncClient(timeout=120) as client:
+        filling = await fill(running, client)
+        path, body = completion(max_tokens=8)
+        reply = await client.post(running.url + path, json=body, headers={"x-request-timeout-ms": "100"})
+        assert reply.status_code == 504
+        assert await asyncio.to_thread(running.waiting) == 0
+        assert not any(task.done() for task in filling)
+        await leave(filling)
+    await asyncio.to_thread(running.until_idle)
+
+
+# -- clients that leave
+
+
+@pytest.mark.parametrize("way", ALL)
+async def test_a_client_that_leaves_while_it_waits_leaves_the_line(running: Orchestrator, way: str) -> None:
+    await asyncio.to_thread(running.until_idle)
+    async with httpx.AsyncClient(timeout=120) as client, httpx.AsyncClient(timeout=120) as leaving:
+        filling = await fill(running, client)
+        path, body = ALL[way]()
+        task = asyncio.create_task(leaving.post(running.url + path, json=body))
+        await asyncio.to_thread(running.wait, lambda: running.waiting() > 0)
+        await leave([task])
+        await asyncio.to_thread(running.wait, lambda: running.waiting() == 0)
+        assert await asyncio.to_thread(running.sequences) == [4.0, 4.0]
+        await leave(filling)
+
+
+@pytest.mark.parametrize("way", ["completion", "completion stream"])
+async def test_a_client_that_leaves_while_its_prompt_is_computed_stops_that(running: Orchestrator, way: str) -> None:
+    """A prompt of 250 steps."""
+    await asyncio.to_thread(running.until_idle)
+    before = await asyncio.to_thread(running.tokens)
+    async with httpx.AsyncClient(timeout=120) as client:
+        path, body = ALL[way](prompt=[7] * 4000)
+        task = asyncio.create_task(client.post(running.url + path, json=body))
+        await asyncio.to_thread(running.wait, lambda: running.sequences()[0] == 1.0)
+        await leave([task])
+    await asyncio.to_thread(running.until_idle)
+    assert await asyncio.to_thread(running.tokens) - before < 4000
