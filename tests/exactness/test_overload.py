@@ -80,9 +80,7 @@ async def test_nothing_is_computed_for_who_left_the_line(
     running = asyncio.create_task(answer(chain, prompts[0], NEW_TOKENS))
     await asyncio.sleep(0)
     waiting = asyncio.create_task(answer(chain, prompts[1], NEW_TOKENS))
-    over = asyncio.create_task(
-        _text(chain, request_of(prompts[2], NEW_TOKENS, deadline_s=time.monotonic() + 0.001))
-    )
+    over = asyncio.create_task(_text(chain, request_of(prompts[2], NEW_TOKENS, deadline_s=time.monotonic() + 0.001)))
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(GenerationError) as caught:

@@ -69,13 +69,13 @@ def stage(context: Any, environment: dict[str, str]) -> Iterator[str]:
             process.join()
 
 
-@pytest.fixture(scope="module")
-def stage_urls(checkpoint: Path, fork_server: Any) -> Iterator[list[str]]:
+@contextmanager
+def two_stages(context: Any, checkpoint: Path) -> Iterator[list[str]]:
     with ExitStack() as running:
         yield [
             running.enter_context(
                 stage(
-                    fork_server,
+                    context,
                     {
                         "STAGE_MODEL": str(checkpoint),
                         "STAGE_BLOCKS": blocks,
@@ -88,6 +88,19 @@ def stage_urls(checkpoint: Path, fork_server: Any) -> Iterator[list[str]]:
             )
             for index, blocks in enumerate(["0:2", "2:4"])
         ]
+
+
+@pytest.fixture(scope="module")
+def stage_urls(checkpoint: Path, fork_server: Any) -> Iterator[list[str]]:
+    with two_stages(fork_server, checkpoint) as urls:
+        yield urls
+
+
+@pytest.fixture
+def other_stage_urls(checkpoint: Path, fork_server: Any) -> Iterator[list[str]]:
+    """For a test that leaves sequences in them."""
+    with two_stages(fork_server, checkpoint) as urls:
+        yield urls
 
 
 @dataclass
@@ -165,10 +178,10 @@ def metric(url: str, name: str) -> float:
 def new_orchestrator(
     root: Path, checkpoint: Path, stage_urls: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Orchestrator]]:
-    """(NAME=value...) -> a running orchestrator over the stages; ended with the module."""
+    """(NAME=value...) -> a running orchestrator over the module's stages, or others; ended with the module."""
     started: list[Orchestrator] = []
 
-    def start(**settings: str) -> Orchestrator:
+    def start(stage_urls: list[str] = stage_urls, **settings: str) -> Orchestrator:
         common = {
             "MODEL": str(checkpoint),
             "MODEL_NAME": NAME,
@@ -261,6 +274,22 @@ def read_some(orchestrator: Orchestrator, key: str, events: int, asked: tuple[st
     pytest.fail("the stream ended by itself")
 
 
+def read_until_lost(
+    orchestrator: Orchestrator, key: str, events: int, asked: tuple[str, dict[str, Any]], received: list[str]
+) -> None:
+    """Reads a stream, and kills who sends it after some events."""
+    path, body = asked
+    killed = False
+    with httpx.stream(
+        "POST", orchestrator.url + path, json=body, headers={"idempotency-key": key}, timeout=120
+    ) as reply:
+        for part in reply.iter_text():
+            received.append(part)
+            if not killed and "".join(received).count("\n\n") >= events:
+                killed = True
+                orchestrator.end(signal.SIGKILL)
+
+
 # -- keys
 
 
@@ -325,22 +354,14 @@ def test_a_client_that_was_cut_off_gets_its_text_from_the_beginning(running: Orc
 
 
 def test_a_key_leads_to_the_same_text_after_the_orchestrator_was_lost(
-    new_orchestrator: Callable[..., Orchestrator],
+    new_orchestrator: Callable[..., Orchestrator], other_stage_urls: list[str]
 ) -> None:
-    orchestrator = new_orchestrator()
+    orchestrator = new_orchestrator(other_stage_urls)
     asked = completion(stream=True, max_tokens=600)
-    path, body = asked
-    text = ""
-    with (
-        pytest.raises(httpx.RemoteProtocolError),
-        httpx.stream(
-            "POST", orchestrator.url + path, json=body, headers={"idempotency-key": "lost"}, timeout=120
-        ) as reply,
-    ):
-        for part in reply.iter_text():
-            text += part
-            if text.count("\n\n") >= 5 and orchestrator.process is not None and orchestrator.process.poll() is None:
-                orchestrator.end(signal.SIGKILL)
+    received: list[str] = []
+    with pytest.raises(httpx.RemoteProtocolError):
+        read_until_lost(orchestrator, "lost", 5, asked, received)
+    text = "".join(received)
     begun = ids_of(text[: text.rindex("\n\n")])
     assert 5 <= len(begun) < 600
     orchestrator.start()
@@ -361,6 +382,9 @@ def test_a_key_leads_to_the_same_text_after_the_orchestrator_was_lost(
 @pytest.fixture(scope="module")
 def last_words(new_orchestrator: Callable[..., Orchestrator]) -> dict[str, Any]:
     """What requests that are under way hear when the process is told to end before they can."""
+    from grpc.aio import AioRpcError
+    from kserve import InferenceGRPCClient, InferInput, InferRequest
+
     orchestrator = new_orchestrator(GRACE_S="1", LANE_WIDTH="8", IDEMPOTENCY_LINGER_S="600")
 
     async def ask(client: httpx.AsyncClient, way: str) -> httpx.Response:
@@ -368,9 +392,6 @@ def last_words(new_orchestrator: Callable[..., Orchestrator]) -> dict[str, Any]:
         return await client.post(orchestrator.url + path, json=body)
 
     async def over_grpc() -> Any:
-        from grpc.aio import AioRpcError
-        from kserve import InferenceGRPCClient, InferInput, InferRequest
-
         tensor = InferInput("input_ids", [1, len(PROMPT)], "INT64", data=PROMPT)
         request = InferRequest(NAME, [tensor], parameters={"max_tokens": ENDLESS, "ignore_eos": True})
         async with InferenceGRPCClient(f"127.0.0.1:{orchestrator.ports[1]}") as client:

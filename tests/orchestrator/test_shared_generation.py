@@ -116,7 +116,7 @@ async def test_it_is_closed_when_nobody_comes_back() -> None:
     source.let_out("a")
     await anext(reading)
     await reading.aclose()
-    while not source.closed:
+    while not source.closed:  # noqa: ASYNC110 (a timer of the event loop closes it)
         await asyncio.sleep(0.005)
     source.let_out("b", None)
     assert await source.text() == "b"
