@@ -293,6 +293,8 @@ class Chain:
         if job.dropped:
             return
         job.dropped = job.sequence.cancelled = True
+        if job.news is not None:
+            job.news.set()  # a lane whose sequences all pause waits for nothing else
         if job.priority == "interactive":
             self._interactive -= 1
             self._interactive_s = _now_s()
@@ -306,8 +308,6 @@ class Chain:
         for job in [job for job in jobs if not job.sequence.cancelled]:
             self._drop(job)
             job.out.put_nowait(error)
-            if job.news is not None:
-                job.news.set()
 
     # -- lanes
 

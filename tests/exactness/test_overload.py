@@ -43,7 +43,7 @@ async def test_sequences_of_chains_that_do_not_know_of_each_other_pause_and_go_o
 async def test_a_reader_that_is_slow_pauses_its_own_sequence_alone(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any, steps_taken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.chain._UNREAD_TOKENS_MAX", 8)
+    monkeypatch.setattr("orchestrator.running.UNREAD_TOKENS_MAX", 8)
     stages = start_stages("llama", HALVES)
     chain = await open_chain(stages, ChainSettings(lanes_max=1))
     undisturbed = await answer(chain, prompts[0], 100)
@@ -54,6 +54,24 @@ async def test_a_reader_that_is_slow_pauses_its_own_sequence_alone(
     (job,) = (job for lane in chain._lanes for job in lane.jobs.values())
     assert job.out.qsize() == 8, "it went on while nobody read it"
     assert begun + [token.id async for token in slow] == undisturbed
+
+
+async def test_a_reader_that_never_reads_on_and_leaves_frees_its_lane(
+    start_stages: Any, open_chain: Any, prompts: Any, until_empty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.running.UNREAD_TOKENS_MAX", 8)
+    stages = start_stages("llama", HALVES)
+    chain = await open_chain(stages, ChainSettings(lanes_max=1))
+    slow = tokens_of(chain, request_of(prompts[0], 100))
+    await anext(slow)
+    (job,) = (job for lane in chain._lanes for job in lane.jobs.values())
+    async with asyncio.timeout(60):
+        while not job.paused or job.sequence.in_flight:  # noqa: ASYNC110 (nobody announces it)
+            await asyncio.sleep(0.01)
+    await slow.aclose()
+    for url in stages.urls:
+        await until_empty(url)
+    assert not chain._lanes
 
 
 @pytest.mark.parametrize("after", [1, 5])
