@@ -95,7 +95,8 @@ class Handler:
         try:
             body = await _read_body(headers, receive, self._service.settings.body_bytes_max)
             event = events.from_lower_case(headers, body)
-            reply, status = await self._service.answer(event, replica, scope["path"]), 200
+            reply = await self._service.answer(event, replica, scope["path"], lambda: _has_left(receive))
+            status = 200
             metrics.EVENTS.labels(kind, "ok").inc()
         except StageError as error:
             reply, status = _error_event(error, event, replica), error.status
@@ -110,6 +111,12 @@ class Handler:
         answer = Answer(status, raw, parts)
         metrics.BODY_BYTES.labels("out").inc(answer.size)
         return answer
+
+
+def _has_left(receive: Receive) -> bool:
+    """Whether whoever sent a request has gone, as uvicorn notes it in what its `receive` belongs to. ASGI's own way is
+    to wait for a message: a task more for each event, for what happens once in a long time."""
+    return bool(getattr(getattr(receive, "__self__", None), "disconnected", False))
 
 
 class _Disconnected(Exception):

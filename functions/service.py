@@ -49,6 +49,7 @@ class _Waiting:
 
     step: Step
     arrived_s: float
+    gone: Callable[[], bool]  # whether its sender has left
     outcome: Outcome | None = None
     compute_s: float = 0.0
 
@@ -101,8 +102,11 @@ class StageService:
     def ready(self) -> bool:
         return self._stage is not None
 
-    async def answer(self, event: Event, replica: str, path: str = "/") -> Event | None:
-        """The reply to an event; None where there is none to give. Raises StageError."""
+    async def answer(
+        self, event: Event, replica: str, path: str = "/", gone: Callable[[], bool] = lambda: False
+    ) -> Event | None:
+        """The reply to an event; None where there is none to give. `gone` tells whether nobody waits for it any more.
+        Raises StageError."""
         if event.type == RESULT:
             return await self._pass_result(event, path)
         self._check_address(event)
@@ -111,7 +115,7 @@ class StageService:
         if event.type == events.WAKE:
             return self._reply(event, events.WOKEN, await self._woken(replica), replica)
         if event.type == events.STEP:
-            return await self._step(event, replica)
+            return await self._step(event, replica, gone)
         if event.type == events.RELEASE:
             return self._reply(event, events.RELEASED, await self._release(event), replica)
         raise InvalidEvent(f"unknown event type {event.type!r}; this stage takes {', '.join(TAKEN_TYPES)}")
@@ -149,11 +153,11 @@ class StageService:
         )
         return json.dumps(dataclasses.asdict(info)).encode()
 
-    async def _step(self, event: Event, replica: str) -> Event:
+    async def _step(self, event: Event, replica: str, gone: Callable[[], bool]) -> Event:
         stage = await self._when_loaded()
         if event.content_type != events.TENSORS:
             raise InvalidEvent(f"the data of a step is {events.TENSORS}, got {event.content_type!r}")
-        waiting = _Waiting(Step.from_body(event.data), time.perf_counter())
+        waiting = _Waiting(Step.from_body(event.data), time.perf_counter(), gone)
         self._waiting.append(waiting)
         try:
             if self._compute.idle and self._quick.takes(waiting.step):
@@ -170,6 +174,8 @@ class StageService:
 
     def _compute_waiting(self, stage: Stage, first: _Waiting) -> Step | Samples:
         """The answer to `first`, computed now with what else waits, or already with another."""
+        if first.outcome is None and first.gone():
+            raise NotReady("whoever sent the step has left before its turn")
         if first.outcome is None:
             self._compute_together(stage, self._take(first))
         assert first.outcome is not None  # just computed
@@ -182,7 +188,7 @@ class StageService:
         together: list[_Waiting] = []
         sequences: set[int] = set()
         tokens = 0
-        for waiting in (first, *(other for other in list(self._waiting) if other is not first)):
+        for waiting in (first, *(other for other in list(self._waiting) if other is not first and not other.gone())):
             its = {piece.sequence for piece in waiting.step.slices}
             tokens += len(waiting.step.tokens)
             if together and (tokens > _TOGETHER_TOKENS_MAX or its & sequences):

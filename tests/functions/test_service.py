@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvicorn
 
 from functions.contract import events
 from functions.contract.errors import StageError, StageFailure, WrongPosition
 from functions.contract.events import Event
 from functions.contract.messages import Samples, Step
+from functions.handler import Handler
 from functions.service import StageService
 from functions.settings import StageSettings
 from functions.stage import Stage
+from orchestrator.stage_connection import ReplicaConnections, Reply
 
 StepOf = Callable[..., Step]
 
@@ -152,6 +156,42 @@ async def test_the_step_of_a_sender_that_has_left_is_not_computed(
     await ask(service, step_of((3, 0, [1])))
     assert passes.passes == [1, 1]
     assert stage.kv.position(2) == 0
+
+
+async def test_nor_is_that_of_one_whose_connection_is_lost(counting: tuple[Counting, Stage], step_of: StepOf) -> None:
+    """As an orchestrator does that gives up on a step."""
+    passes, stage = counting
+    service = service_of(stage)
+    handler = Handler(service)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await (await handler.event(scope, receive))(scope, receive, send)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+        serving = asyncio.create_task(server.serve([listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        staying, leaving = ReplicaConnections(), ReplicaConnections()
+        first = asyncio.create_task(post(staying, url, step_of((1, 0, [4, 5]))))
+        await until(passes.begun.is_set)
+        with pytest.raises(TimeoutError):
+            await post(leaving, url, step_of((2, 0, [6])), timeout_s=0.2)
+        later = asyncio.create_task(post(staying, url, step_of((3, 0, [7]))))
+        await until(lambda: len(service._waiting) == 2)
+        passes.go.set()
+        assert [(await first).status, (await later).status] == [200, 200]
+        assert [stage.kv.position(sequence) for sequence in (1, 2, 3)] == [2, 0, 1]
+        for connections in (staying, leaving):
+            connections.close()
+        server.should_exit = True
+        await serving
+
+
+async def post(connections: ReplicaConnections, url: str, step: Step, timeout_s: float = 60) -> Reply:
+    event = Event(events.STEP, "/tests", "1", events.TENSORS, b"".join(step.to_body()), ADDRESS)
+    headers, body = events.to_http(event)
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return await connections.post(url, lines, body, timeout_s)
 
 
 async def test_only_quick_steps_are_computed_in_the_event_loop(
