@@ -184,11 +184,13 @@ class _Endpoints:
         return Response(to_json(model_card(self._service.name, self._created_s)), media_type="application/json")
 
     async def completions(self, request: Request) -> Response:
-        body, origin = await self._body(request), _origin(self._service)
+        origin = _origin(self._service)
+        body = await self._body(request)
         return await self._answer(request, completion_replies(self._service, body, origin), origin, "completions")
 
     async def chat(self, request: Request) -> Response:
-        body, origin = await self._body(request), _origin(self._service)
+        origin = _origin(self._service)
+        body = await self._body(request)
         return await self._answer(request, chat_replies(self._service, body, origin), origin, "chat")
 
     async def _body(self, request: Request) -> dict[str, Any]:
@@ -222,8 +224,10 @@ class _Endpoints:
 
 
 def _origin(service: Service) -> Origin:
-    """Of a request over HTTP. With a key, all that it is told apart by comes out of that. Raises GenerationError."""
+    """Of a request over HTTP. With a key, all that it is told apart by comes out of that. To be made before the body is
+    looked at: where there is no place for the request, refusing it should cost little. Raises GenerationError."""
     terms = current_terms()
+    service.check_open("interactive", terms)
     begun_s = service.begun_s(terms)
     tag = uuid.uuid4().hex if terms.key is None else terms.key.tag
     return Origin(tag, begun_s or int(time.time()), terms=terms, repeated=begun_s is not None)

@@ -530,3 +530,144 @@ async def test_a_client_that_leaves_while_its_prompt_is_computed_stops_that(runn
         await leave([task])
     await asyncio.to_thread(running.until_idle)
     assert await asyncio.to_thread(running.tokens) - before < 4000
+
+
+# -- more than it can do
+
+
+@dataclass
+class Load:
+    """What came of requests. `wrong` holds what should not have come."""
+
+    seconds: float = 0.0
+    offered: int = 0
+    tokens: int = 0  # of whole answers
+    refused: int = 0
+    told_s: list[int] = field(default_factory=list)  # Retry-After
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def goodput(self) -> float:
+        """Tokens of whole answers a second."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Clients of one orchestrator that ask for the same answer."""
+
+    orchestrator: Orchestrator
+    prompt: list[int]
+    expected: list[int]
+
+    async def ask(self, session: Any, load: Load) -> None:
+        path, body = completion(prompt=self.prompt, max_tokens=len(self.expected), temperature=0)
+        load.offered += 1
+        async with session.post(self.orchestrator.url + path, json=body) as reply:
+            if reply.status == 429:
+                load.refused += 1
+                load.told_s.append(int(reply.headers["retry-after"]))
+                return
+            answer = await reply.json()
+            if reply.status == 200 and answer["choices"][0]["token_ids"] == self.expected:
+                load.tokens += len(self.expected)
+            else:
+                load.wrong.append(json.dumps(answer)[:300])
+
+    async def as_many_as_can(self, session: Any, clients: int, seconds: float) -> Load:
+        """Each client asks again when it has its answer."""
+        load, began_s = Load(), time.monotonic()
+
+        async def one() -> None:
+            while time.monotonic() - began_s < seconds:
+                await self.ask(session, load)
+
+        await asyncio.gather(*(one() for _ in range(clients)))
+        load.seconds = time.monotonic() - began_s
+        return load
+
+    async def at_rate(self, session: Any, requests_per_s: float, seconds: float) -> Load:
+        """Requests come when they come."""
+        load, began_s, asking = Load(), time.monotonic(), set()
+        while (passed_s := time.monotonic() - began_s) < seconds:
+            while load.offered < requests_per_s * passed_s:
+                task = asyncio.create_task(self.ask(session, load))
+                asking.add(task)
+                task.add_done_callback(asking.discard)
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.005)
+        load.seconds = time.monotonic() - began_s
+        await asyncio.gather(*asking)
+        return load
+
+
+async def crowd_of(orchestrator: Orchestrator, max_tokens: int) -> Crowd:
+    prompt = list(range(30, 70))
+    path, body = completion(prompt=prompt, max_tokens=max_tokens, temperature=0)
+    async with httpx.AsyncClient(timeout=120) as client:
+        answer = (await client.post(orchestrator.url + path, json=body)).json()
+    return Crowd(orchestrator, prompt, answer["choices"][0]["token_ids"])
+
+
+async def test_what_is_too_much_is_refused_and_the_rest_is_answered(
+    new_orchestrator: Callable[..., Orchestrator],
+) -> None:
+    import aiohttp
+
+    orchestrator = new_orchestrator(REQUESTS_MAX="8")
+    crowd, load = await crowd_of(orchestrator, 16), Load()
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(crowd.ask(session, load) for _ in range(80)))
+    assert not load.wrong
+    assert load.tokens >= 8 * 16
+    assert load.refused == 80 - load.tokens // 16 > 0
+    assert min(load.told_s) >= 1
+    orchestrator.end(signal.SIGTERM)
+
+
+@pytest.mark.slow
+async def test_ten_times_the_peak_for_minutes_leaves_goodput_and_memory_where_they_were(
+    new_orchestrator: Callable[..., Orchestrator], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seconds are to be given by STAGECRAFT_OVERLOAD_S."""
+    import aiohttp
+    import psutil
+
+    seconds = float(os.environ.get("STAGECRAFT_OVERLOAD_S", "300"))
+    orchestrator = new_orchestrator(REQUESTS_MAX="48", LANES_MAX="0", LANE_WIDTH="16", STEP_TOKENS_MAX="512")
+    crowd = await crowd_of(orchestrator, 64)
+    assert orchestrator.process is not None
+    stages = [
+        connection.pid
+        for connection in psutil.net_connections("tcp")
+        for url in orchestrator.stage_urls
+        if connection.status == psutil.CONN_ESTABLISHED and url.endswith(f":{connection.laddr.port}")
+    ]
+    watched = [psutil.Process(pid) for pid in {orchestrator.process.pid, *stages} if pid and pid != os.getpid()]
+    sizes: list[int] = []
+
+    async def watch() -> None:
+        while True:
+            sizes.append(sum(process.memory_info().rss for process in watched))
+            await asyncio.sleep(1)
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
+        await crowd.as_many_as_can(session, 40, 5)  # warm
+        peak = await crowd.as_many_as_can(session, 40, min(60, seconds / 4))
+        watching = asyncio.create_task(watch())
+        rate = 10 * peak.goodput / len(crowd.expected)
+        over = await crowd.at_rate(session, rate, seconds)
+        watching.cancel()
+    first, last = sizes[len(sizes) // 4], sizes[-1]
+    with capsys.disabled():
+        print(
+            f"\noverload: {len(watched)} processes; peak {peak.goodput:.0f} tok/s; offered {over.offered} requests in "
+            f"{over.seconds:.0f} s ({rate:.0f}/s), refused {over.refused}, goodput {over.goodput:.0f} tok/s "
+            f"({over.goodput / peak.goodput:.2f}); RSS {first >> 20} MiB -> {last >> 20} MiB; Retry-After "
+            f"{min(over.told_s)} to {max(over.told_s)} s"
+        )
+    assert not peak.wrong + over.wrong
+    assert over.goodput >= 0.9 * peak.goodput
+    assert last <= 1.05 * first
+    orchestrator.end(signal.SIGTERM)
