@@ -32,11 +32,14 @@ from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, Stage
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.chain_settings import ChainSettings as ChainSettings  # part of this module's surface
+from orchestrator.deadlines import Deadlines
 from orchestrator.generation import GenerationError, GenerationRequest, Priority, Token
 from orchestrator.hops import Hops
+from orchestrator.journal import Journal
 from orchestrator.running import Job, Lane
 from orchestrator.stage_client import StageUnreachable
 from orchestrator.stage_pool import StagePool
+from orchestrator.step_times import StepTimes
 from orchestrator.window import Flight, Window
 
 log = structlog.get_logger()
@@ -47,11 +50,19 @@ _CLOSE_TIMEOUT_S = 2.0
 class Chain:
     """Implements `orchestrator.generation.Generator` over stages that run elsewhere."""
 
-    def __init__(self, plan_digest: str, stage_urls: Sequence[str], settings: ChainSettings | None = None) -> None:
+    def __init__(
+        self,
+        plan_digest: str,
+        stage_urls: Sequence[str],
+        settings: ChainSettings | None = None,
+        step_times: Sequence[StepTimes] = (),
+    ) -> None:
+        """`step_times`: of each stage, as far as they were measured before."""
         self._pool = StagePool(
             plan_digest, stage_urls, settings or ChainSettings(), in_use=self._replicas, changed=self._fill_lanes
         )
-        self._hops = Hops(self._pool)
+        journal = Journal(len(self._pool), self.settings.journal_bytes_max)
+        self._hops = Hops(self._pool, journal, Deadlines(len(self._pool), step_times))
         self._lanes: list[Lane] = []
         self._waiting: dict[Priority, deque[Job]] = {priority: deque() for priority in get_args(Priority)}
         self._interactive = 0  # sequences, waiting and running
@@ -104,6 +115,7 @@ class Chain:
             line.clear()
         for lane in self._lanes:
             self._pool.spawn(self._pool.release(list(lane.jobs), lane.caches))
+            self._hops.forget(list(lane.jobs))
             metrics.RUNNING.labels(lane.name).set(0)
         self._lanes.clear()
         await self._pool.close(_CLOSE_TIMEOUT_S)
@@ -365,7 +377,7 @@ class Chain:
         late = _now_s() - lane.progress_s >= self.settings.wake_timeout_s
         tired = [job for job in jobs if late or job.sequence.failures >= self.settings.attempts]
         _fail(tired, _given_up(error))
-        if not isinstance(error, WrongPosition):
+        if not isinstance(error, WrongPosition) and not all(job.sequence.cancelled for job in jobs):
             await asyncio.sleep(self.settings.backoff_s * 2 ** min(worst - 1, 6))
 
     async def _make_room(self, lane: Lane, jobs: list[Job], error: KvExhausted) -> None:
@@ -394,6 +406,7 @@ class Chain:
         """Frees the KV of sequences that have left the lane. Memory counts as free only once the stages have freed it:
         others would find them full."""
         ids, tokens, caches = [job.sequence.id for job in jobs], sum(job.kv_tokens for job in jobs), lane.caches
+        self._hops.forget(ids)
 
         async def release() -> None:
             try:

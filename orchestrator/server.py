@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # after the settings, so that a misspelt one is told at once
         from orchestrator.chain import Chain
 
-        chain = Chain(settings.plan, settings.stage_urls, _chain_settings(settings))
+        chain = Chain(settings.plan, settings.stage_urls, _chain_settings(settings), settings.step_times)
         service = Service(
             chain,
             tokenizer,

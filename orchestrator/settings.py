@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from functions.contract.location import default_wait_s
+from orchestrator.step_times import StepTimes, read_step_times
 
 PREFIX = "ORCHESTRATOR_"
 
@@ -58,7 +59,18 @@ class OrchestratorSettings(BaseSettings):
     step_tokens_max: int = Field(512, gt=0, description="tokens of one step: decode tokens and prefill chunks")
     waiting_max: int = Field(1024, gt=0, description="sequences that wait for a lane; more get 429")
     wake_timeout_s: float = Field(600, gt=0, description="seconds that stages get to wake and load")
-    step_timeout_s: float = Field(120, gt=0, description="seconds that a stage gets for one step")
+    step_timeout_s: float = Field(
+        120, gt=0, description="seconds that a stage gets for one step, while nothing tells how long steps take"
+    )
+    step_times: Annotated[tuple[StepTimes, ...], NoDecode] = Field(
+        (), description="seconds of a step by its tokens, of each stage, as measured: 1:0.004,512:0.2;1:0.005,512:0.3"
+    )
+    hang_floor_s: float = Field(
+        2, gt=0, description="least seconds that a replica gets for one step before it counts as hung"
+    )
+    journal_bytes_max: int = Field(
+        512 << 20, ge=0, description="bytes of steps kept for stages that lose what they hold; 0: none"
+    )
     release_timeout_s: float = Field(10, gt=0, description="seconds that a stage gets to free sequences")
     attempts: int = Field(8, gt=0, description="steps in a row without progress before a sequence fails")
     backoff_s: float = Field(0.1, gt=0, description="wait before a step is tried again, doubled each time")
@@ -69,6 +81,19 @@ class OrchestratorSettings(BaseSettings):
     @property
     def batch_workers(self) -> int:
         return self.batch_requests_max or self.lane_width * ((self.spread or len(self.stage_urls)) + 1)
+
+    @field_validator("step_times", mode="before")
+    @classmethod
+    def _split_times(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(read_step_times(value)) if value else ()
+        except ValueError:
+            raise ValueError(
+                "must be TOKENS:SECONDS pairs with commas between them, tokens growing, and a semicolon between two "
+                "stages, such as 1:0.004,512:0.2;1:0.005,512:0.3"
+            ) from None
 
     @field_validator("stage_urls", mode="before")
     @classmethod
@@ -93,8 +118,17 @@ def load_settings(environment: Mapping[str, str], **given: Any) -> OrchestratorS
     except ValidationError as error:
         lines = [f"  {PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors() if e["loc"]]
         raise SettingsError("the settings cannot be used:\n" + "\n".join(lines)) from None
+    _check_times(settings)
     _check_later(settings)
     return settings
+
+
+def _check_times(settings: OrchestratorSettings) -> None:
+    if settings.step_times and len(settings.step_times) != len(settings.stage_urls):
+        raise SettingsError(
+            f"{PREFIX}STEP_TIMES tells the times of {len(settings.step_times)} stages, there are "
+            f"{len(settings.stage_urls)} in {PREFIX}STAGE_URLS; a stage without figures has nothing between semicolons"
+        )
 
 
 def _check_later(settings: OrchestratorSettings) -> None:

@@ -23,7 +23,7 @@ from functions.contract.errors import InvalidEvent, StageError, StageFailure, fr
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
 from functions.contract.messages import StageInfo
-from orchestrator.stage_connection import CONNECT_TIMEOUT_S, WRITE_BYTES, ReplicaConnections, Reply
+from orchestrator.stage_connection import CONNECT_TIMEOUT_S, WRITE_BYTES, ReplicaConnections, Reply, ReplyError
 
 _SOURCE = f"/stagecraft/orchestrator/{uuid.uuid4().hex[:12]}"
 _counter = itertools.count(1)
@@ -32,6 +32,10 @@ _REPLIES = {events.WAKE: events.WOKEN, events.STEP: events.STEPPED, events.RELEA
 
 class StageUnreachable(Exception):
     """No reply: refused, reset, timed out, or an answer that is not ours. Another try may succeed."""
+
+
+class StageSilent(StageUnreachable):
+    """No reply in time: at work for longer than it may take, hung, or cut off."""
 
 
 class StageClient:
@@ -85,10 +89,17 @@ class StageClient:
             else:
                 lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
                 reply = await self._replicas.post(replica, lines, body, timeout_s)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            raise StageUnreachable(f"stage {self.index} at {replica or self.url} gave no reply: {reason}") from error
+        except (aiohttp.ClientError, ReplyError) as error:  # first: some of aiohttp's are TimeoutErrors, of connecting
+            raise self._no_reply(replica, str(error) or type(error).__name__) from error
+        except TimeoutError as error:
+            where = replica or self.url
+            raise StageSilent(f"stage {self.index} at {where} gave no reply in {timeout_s:.3g} s") from error
+        except OSError as error:
+            raise self._no_reply(replica, str(error) or type(error).__name__) from error
         return self._reply(reply, _REPLIES[kind])
+
+    def _no_reply(self, replica: str | None, reason: str) -> StageUnreachable:
+        return StageUnreachable(f"stage {self.index} at {replica or self.url} gave no reply: {reason}")
 
     async def _ask_service(self, headers: Mapping[str, str], body: Buffer, timeout_s: float) -> Reply:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
@@ -107,7 +118,9 @@ class StageClient:
             text = bytes(answer.body[:200]).decode(errors="replace")
             raise StageUnreachable(f"stage {self.index} answered {answer.status}, no event: {text}") from None
         if reply.type == events.ERROR:
-            raise self._error(bytes(answer.body))
+            error = self._error(bytes(answer.body))
+            error.replica = reply.extensions.get("replica")
+            raise error
         if answer.status != 200 or reply.type != expected:
             raise StageUnreachable(f"stage {self.index} answered {reply.type} with status {answer.status}")
         return reply

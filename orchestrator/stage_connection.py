@@ -20,7 +20,7 @@ import numpy as np
 from functions.contract.frames import Buffer
 
 IDLE_S_MAX = 300.0  # longer than that a connection is not used again; a stage closes idle ones after an hour
-CONNECT_TIMEOUT_S = 5.0  # for a replica whose machine is gone
+CONNECT_TIMEOUT_S = 2.0  # for a replica whose machine is gone; a lost SYN is sent again after 1 s
 HEAD_BYTES_MAX = 64 << 10
 WRITE_BYTES = 1 << 20  # handed to the transport at once: whatever it cannot send, asyncio's own loop copies
 
@@ -249,10 +249,13 @@ def _parse_head(head: str) -> tuple[int, Mapping[str, str], int, bool]:
 
 
 async def _connect(url: str) -> _Connection:
-    """Raises OSError, TimeoutError."""
+    """Raises OSError."""
     host, port = _address(url)
-    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        _, connection = await asyncio.get_running_loop().create_connection(_Connection, host, port)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await asyncio.get_running_loop().create_connection(_Connection, host, port)
+    except TimeoutError:
+        raise ReplyError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
     return connection
 
 

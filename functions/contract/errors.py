@@ -26,6 +26,7 @@ class StageError(Exception):
     code: ClassVar[str] = "stage_error"
     status: ClassVar[int] = 500
     retriable: ClassVar[bool] = False
+    replica: str | None = None  # HOST:PORT of who answered it, where that is known
 
     def to_json(self) -> dict[str, Any]:
         """The data of the error event; `from_json` is the inverse."""

@@ -16,6 +16,7 @@ from orchestrator.cost import Cost
 from orchestrator.render.deployment import Batch, Deployment, DeploymentError, Resources, Toleration
 from orchestrator.render.noted import Noted, Tree
 from orchestrator.render.weights import Weights, weights
+from orchestrator.step_times import step_times_text
 from orchestrator.targets import CPU
 
 STAGE_IMAGE = "stagecraft/stage"
@@ -190,6 +191,8 @@ def orchestrator_environment(what: Deployment, deadline_s: int) -> dict[str, str
         more["ORCHESTRATOR_WAKE_TIMEOUT_S"] = str(deadline_s)
     if (step_s := _longest_step_s(what)) > _STEP_TIMEOUT_S:
         more["ORCHESTRATOR_STEP_TIMEOUT_S"] = str(math.ceil(step_s / 60) * 60)
+    if times := step_times_text([stage.profile for stage in what.plan.stages]):
+        more["ORCHESTRATOR_STEP_TIMES"] = times
     return {
         "ORCHESTRATOR_MODEL": what.plan.model,
         "ORCHESTRATOR_MODEL_NAME": what.plan.name,

@@ -118,11 +118,13 @@ def fork_server() -> Any:
 
 
 class Stages:
-    """The processes of one chain. `urls` in order; `kill` and `start` end and replace one at its old port."""
+    """The processes of one chain. `urls` in order; `kill` and `start` end and replace one at its old port, which stays
+    open meanwhile; after `lose` nothing listens there any more."""
 
     def __init__(self, context: Any, model: Path, spans: Sequence[str], environment: dict[str, str]) -> None:
         self._context = context
         self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in spans]
+        self.urls = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners]
         self._environments = [
             {
                 "STAGE_MODEL": str(model),
@@ -139,10 +141,6 @@ class Stages:
         for index in range(len(spans)):
             self.start(index)
 
-    @property
-    def urls(self) -> list[str]:
-        return [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners]
-
     def start(self, index: int) -> None:
         handle = multiprocessing.reduction.DupFd(self._listeners[index].fileno())
         process = self._context.Process(target=run_stage, args=(handle, self._environments[index]), daemon=True)
@@ -152,6 +150,10 @@ class Stages:
     def kill(self, index: int) -> None:
         self.processes[index].kill()
         self.processes[index].join()
+
+    def lose(self, index: int) -> None:
+        self._listeners[index].close()
+        self.kill(index)
 
     def close(self) -> None:
         for process in self.processes:
