@@ -1,25 +1,19 @@
 """Replicas are lost while others are ready: the text stays the same, and only the lost stage computes again.
 
-Each of three stages has two replicas. In front of them stands a small server that does what the stage's service does:
-it sends an event to one of those that live. What comes after a lane's first event goes to the replica itself.
+Each of three stages has two replicas behind a service, see `Replicas` in conftest.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import aiohttp
-import httpx
 import pytest
-from aiohttp import web
 from prometheus_client import REGISTRY
 
-from functions.contract import events
 from functions.contract.sampling import SamplingParams
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
@@ -30,90 +24,9 @@ SAMPLED = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=5)
 PATIENT = ChainSettings(hang_floor_s=100.0)  # on a busy machine no step is sent twice, and tokens can be counted
 
 
-class Service:
-    """Passes events on to the first replica that is not `down`. `answered` is called with how many steps it has passed
-    on, after each."""
-
-    def __init__(self, session: aiohttp.ClientSession, replicas: Sequence[str]) -> None:
-        self.replicas = list(replicas)
-        self.down: set[str] = set()
-        self.steps = 0
-        self.answered: Callable[[int], None] = lambda steps: None
-        self.url = ""
-        self._session = session
-        app = web.Application(client_max_size=1 << 30)
-        app.router.add_post("/", self._pass_on)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
-
-    async def open(self) -> None:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        host, port = self._runner.addresses[0][:2]
-        self.url = f"http://{host}:{port}"
-
-    async def close(self) -> None:
-        await self._runner.cleanup()
-
-    async def _pass_on(self, request: web.Request) -> web.Response:
-        able = [url for url in self.replicas if url not in self.down]
-        if not able:
-            return web.Response(text="no replica\n", status=503)
-        async with self._session.post(able[0], data=await request.read(), headers=_ours(request.headers)) as reply:
-            answer = web.Response(body=await reply.read(), status=reply.status, headers=_ours(reply.headers))
-        if request.headers["ce-type"] == events.STEP:
-            self.steps += 1
-            self.answered(self.steps)
-        return answer
-
-
-def _ours(headers: Any) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower().startswith(("ce-", "content-type"))}
-
-
-class Replicas:
-    """Several of each stage; lanes are given the first of those that live."""
-
-    def __init__(self, session: aiohttp.ClientSession, sets: Sequence[Any]) -> None:
-        self.sets = sets
-        self.services = [Service(session, replicas) for replicas in zip(*(each.urls for each in sets), strict=True)]
-
-    @property
-    def urls(self) -> list[str]:
-        return [service.url for service in self.services]
-
-    def lose(self, stage: int, which: int = 0) -> None:
-        """SIGKILL, of which the service knows at once."""
-        self.services[stage].down.add(self.sets[which].urls[stage])
-        self.sets[which].lose(stage)
-
-    def stop(self, stage: int, which: int = 0) -> None:
-        """SIGSTOP, of which the service knows as well."""
-        self.services[stage].down.add(self.sets[which].urls[stage])
-        os.kill(self.sets[which].processes[stage].pid, signal.SIGSTOP)
-
-    def go_on(self, stage: int, which: int = 0) -> None:
-        os.kill(self.sets[which].processes[stage].pid, signal.SIGCONT)
-
-    async def tokens(self, stages: Sequence[int], which: int = 0) -> list[float]:
-        """Computed so far by replicas of these stages, as they say themselves."""
-        async with httpx.AsyncClient() as client:
-            pages = [(await client.get(f"{self.sets[which].urls[stage]}/metrics")).text for stage in stages]
-        return [_sum(page, "stagecraft_stage_tokens_total") for page in pages]
-
-
-def _sum(text: str, name: str) -> float:
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
-
-
 @pytest.fixture
-async def replicas(start_stages: Any) -> AsyncIterator[Replicas]:
-    async with aiohttp.ClientSession() as session:
-        replicas = Replicas(session, [start_stages("llama", THIRDS) for _ in range(2)])
-        for service in replicas.services:
-            await service.open()
-        yield replicas
-        for service in replicas.services:
-            await service.close()
+async def replicas(start_replicas: Any) -> Any:
+    return await start_replicas("llama", THIRDS)
 
 
 def of_chain(name: str, **labels: str) -> float:
@@ -159,7 +72,7 @@ async def expected(start_stages: Any, open_chain: Any, prompts: Any, whole_model
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
 async def test_a_replica_killed_in_decode_is_replaced_and_no_other_stage_computes_again(
-    lost: int, replicas: Replicas, open_chain: Any, prompts: Any, expected: Any
+    lost: int, replicas: Any, open_chain: Any, prompts: Any, expected: Any
 ) -> None:
     chain = await open_chain(replicas, PATIENT)
     before, replays = refilled(), of_chain("replays_total")
@@ -176,7 +89,7 @@ async def test_a_replica_killed_in_decode_is_replaced_and_no_other_stage_compute
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
 async def test_a_replica_killed_in_prefill_is_replaced_and_no_other_stage_computes_again(
-    lost: int, replicas: Replicas, open_chain: Any, prompts: Any, expected: Any
+    lost: int, replicas: Any, open_chain: Any, prompts: Any, expected: Any
 ) -> None:
     """After the first chunk of a prompt, with the next ones on their way."""
     chain = await open_chain(replicas, replace(PATIENT, step_tokens_max=8))
@@ -190,7 +103,7 @@ async def test_a_replica_killed_in_prefill_is_replaced_and_no_other_stage_comput
 
 
 async def test_two_stages_killed_at_once_are_replaced_and_the_third_computes_nothing_again(
-    replicas: Replicas, open_chain: Any, prompts: Any, expected: Any
+    replicas: Any, open_chain: Any, prompts: Any, expected: Any
 ) -> None:
     chain = await open_chain(replicas, PATIENT)
     before = refilled()
@@ -206,7 +119,7 @@ async def test_two_stages_killed_at_once_are_replaced_and_the_third_computes_not
 
 
 async def test_a_replacement_that_is_killed_while_it_is_filled_is_replaced_too(
-    replicas: Replicas, start_stages: Any, open_chain: Any, prompts: Any, expected: Any
+    replicas: Any, start_stages: Any, open_chain: Any, prompts: Any, expected: Any
 ) -> None:
     third = start_stages("llama", THIRDS)
     service = replicas.services[1]
@@ -226,7 +139,7 @@ async def test_a_replacement_that_is_killed_while_it_is_filled_is_replaced_too(
 
 
 async def test_a_replica_that_hangs_is_found_by_the_time_that_steps_took_before(
-    replicas: Replicas, open_chain: Any, prompts: Any, expected: Any
+    replicas: Any, open_chain: Any, prompts: Any, expected: Any
 ) -> None:
     """A step may take longer than this test: the limit comes from elsewhere."""
     chain = await open_chain(replicas, ChainSettings(step_timeout_s=1e6, hang_floor_s=0.5, release_timeout_s=0.5))
@@ -240,7 +153,7 @@ async def test_a_replica_that_hangs_is_found_by_the_time_that_steps_took_before(
 
 @pytest.mark.parametrize("bytes_max", [0, 20_000])
 async def test_what_the_journal_has_no_room_for_is_replayed_through_all_stages(
-    bytes_max: int, replicas: Replicas, open_chain: Any, prompts: Any, expected: Any
+    bytes_max: int, replicas: Any, open_chain: Any, prompts: Any, expected: Any
 ) -> None:
     chain = await open_chain(replicas, replace(PATIENT, journal_bytes_max=bytes_max))
     before = of_chain("replays_total")
@@ -249,7 +162,7 @@ async def test_what_the_journal_has_no_room_for_is_replayed_through_all_stages(
     assert of_chain("journal_bytes") <= bytes_max
 
 
-async def test_the_journal_is_empty_once_all_have_left(replicas: Replicas, open_chain: Any, prompts: Any) -> None:
+async def test_the_journal_is_empty_once_all_have_left(replicas: Any, open_chain: Any, prompts: Any) -> None:
     chain = await open_chain(replicas, PATIENT)
     seen: list[float] = []
     await texts(chain, prompts, lambda: seen.append(of_chain("journal_bytes")))
