@@ -70,6 +70,8 @@ class Handler:
 
     def _page(self, path: str) -> Response:
         if path == "/healthz":
+            if self._service.leaving:  # in the words of a queue-proxy: so the chain finds out where there is none
+                return Response("shutting down\n", 503, media_type="text/plain")
             return JSONResponse({"status": "alive"})
         if path == "/readyz":
             return self._readiness()
@@ -80,8 +82,8 @@ class Handler:
     def _readiness(self) -> Response:
         if self._service.failure is not None:
             return JSONResponse({"error": self._service.failure}, 500)
-        if not self._service.ready:
-            return JSONResponse({"status": "loading"}, 503)
+        if self._service.leaving or not self._service.ready:
+            return JSONResponse({"status": "leaving" if self._service.leaving else "loading"}, 503)
         return JSONResponse({"status": "ready", "blocks": str(self._service.settings.blocks)})
 
     async def event(self, scope: Scope, receive: Receive) -> Answer:

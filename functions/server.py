@@ -1,4 +1,4 @@
-"""Serves the stage function in this process, by uvicorn, until SIGTERM.
+"""Serves the stage function in this process, by uvicorn, until SIGTERM and until its sequences have left.
 
 The same as `functions-framework --asgi`, with four additions: a listening socket may be inherited (no race for a free
 port), no second process is started (it would import torch again), a checkpoint that cannot be loaded ends the process
@@ -78,8 +78,15 @@ class _EventsFirst:
 
 class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets sequences leave before the server closes its connections; a second one does not."""
+        again = _service().leaving
         _service().stop()
-        super().handle_exit(sig, frame)
+        if again or _service().left:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop serving."""
+        return (_service().leaving and _service().left) or await super().on_tick(counter)
 
 
 async def _serve(server: uvicorn.Server, inherited: list[socket.socket] | None) -> int:

@@ -48,6 +48,10 @@ class StageSettings(BaseSettings):
     kv_share: float = Field(
         1.0, gt=0, le=1, description="this stage's part of that share, when others share the device"
     )
+    kv_lease_s: float = Field(
+        60, ge=0, description="seconds without a step or a renewal after which a sequence is freed; 0: never"
+    )
+    grace_s: float = Field(25, ge=0, description="seconds after SIGTERM in which sequences may go to other replicas")
     body_bytes_max: int = Field(1 << 30, gt=0, description="largest event taken, in bytes")
     score_tokens_max: int = Field(16_384, gt=0, description="most tokens of one score event")
     claims: str = Field("", description="folder or URL for data too large for a broker; all stages have the same")

@@ -15,7 +15,7 @@ import aiohttp
 import structlog
 
 from functions.contract.errors import NotReady, StageError
-from functions.contract.messages import StageInfo, encode_release
+from functions.contract.messages import StageInfo, encode_sequences
 from orchestrator.chain_settings import ChainSettings
 from orchestrator.generation import GenerationError
 from orchestrator.kv_ledger import KvLedger
@@ -108,7 +108,7 @@ class StagePool:
     async def release_at(self, stage: StageClient, url: str | None, sequences: list[int]) -> None:
         """One that cannot be reached is most likely gone with all it had."""
         try:
-            await stage.release(encode_release(sequences), url, self.settings.release_timeout_s)
+            await stage.release(encode_sequences(sequences), url, self.settings.release_timeout_s)
         except (StageUnreachable, StageError) as error:
             log.info("release_failed", stage=stage.index, sequences=len(sequences), error=str(error))
 

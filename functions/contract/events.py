@@ -20,8 +20,11 @@ PREFIX = "dev.stagecraft.stage"
 WAKE, WOKEN = f"{PREFIX}.wake.v1", f"{PREFIX}.woken.v1"
 STEP, STEPPED = f"{PREFIX}.step.v1", f"{PREFIX}.stepped.v1"
 RELEASE, RELEASED = f"{PREFIX}.release.v1", f"{PREFIX}.released.v1"
+RENEW, RENEWED = f"{PREFIX}.renew.v1", f"{PREFIX}.renewed.v1"
+ADOPT, ADOPTED = f"{PREFIX}.adopt.v1", f"{PREFIX}.adopted.v1"
+EXPORT, EXPORTED = f"{PREFIX}.export.v1", f"{PREFIX}.exported.v1"
 ERROR = f"{PREFIX}.error.v1"
-REQUEST_TYPES = (WAKE, STEP, RELEASE)
+REQUEST_TYPES = (WAKE, STEP, RELEASE, RENEW, ADOPT, EXPORT)
 
 JSON = "application/json"
 TENSORS = "application/vnd.stagecraft.tensors+safetensors"
