@@ -22,7 +22,7 @@ from functions.contract.frames import HEADER_BYTES_MAX, Buffer
 from functions.contract.handover import Adopt, Export, Pieces, check_replica_address
 
 PIECES_BYTES_MAX = 64 << 20  # of keys and values in one answer: they are in memory twice while they are copied
-_TIMEOUT_S = 30.0  # without a byte
+_TIMEOUT_S = 10.0  # without a byte
 _FRAME_BYTES_MAX = 2 * HEADER_BYTES_MAX  # what comes in an answer besides: its header, and four bytes a token
 
 log = structlog.get_logger()
@@ -46,7 +46,7 @@ async def adopt(
     starts = {sequence: held(sequence) for sequence in asked.sequences}
     while starts:
         event = make_event(Export(asked.key, starts, bytes_max).to_body())
-        pieces = await asyncio.to_thread(fetch, asked.source, event, bytes_max + _FRAME_BYTES_MAX)
+        pieces = await fetch(asked.source, event, bytes_max + _FRAME_BYTES_MAX)
         if not pieces.pieces:
             break
         await install(pieces)
@@ -68,11 +68,12 @@ def _rest(starts: Mapping[int, int], pieces: Pieces) -> dict[int, int]:
     return rest
 
 
-def fetch(url: str, event: Event, bytes_max: int) -> Pieces:
+async def fetch(url: str, event: Event, bytes_max: int) -> Pieces:
     """What the replica at `url` answers to an export. Raises StageError for its error events, and FetchFailed."""
+    headers, data = events.to_http(event)
     try:
-        headers, body = _exchange(url, event, bytes_max)
-        reply = events.from_http_request(headers, body)
+        told, body = await asyncio.to_thread(_exchange, url, headers, bytes(data), bytes_max)
+        reply = events.from_http_request(told, body)
         if reply.type == events.ERROR:
             raise from_json(json.loads(bytes(body)))
         if reply.type != events.EXPORTED:
@@ -84,15 +85,14 @@ def fetch(url: str, event: Event, bytes_max: int) -> Pieces:
         raise FetchFailed(f"{url} answered no event of ours: {error}") from None
 
 
-def _exchange(url: str, event: Event, bytes_max: int) -> tuple[dict[str, str], Buffer]:
+def _exchange(url: str, headers: dict[str, str], data: bytes, bytes_max: int) -> tuple[dict[str, str], Buffer]:
     """Headers and body of the answer. Raises OSError, HTTPException, ValueError and InvalidEvent."""
     parts = urlsplit(url)
-    headers, data = events.to_http(event)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
     try:
         connection.connect()
         check_replica_address(connection.sock.getpeername()[0])  # a name may stand for any address
-        connection.request("POST", "/", body=bytes(data), headers=headers)
+        connection.request("POST", "/", body=data, headers=headers)
         response = connection.getresponse()
         return dict(response.getheaders()), _read(response, bytes_max)
     finally:

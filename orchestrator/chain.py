@@ -34,6 +34,7 @@ from orchestrator import lanes
 from orchestrator.chain_settings import ChainSettings as ChainSettings  # part of this module's surface
 from orchestrator.deadlines import Deadlines
 from orchestrator.generation import GenerationError, GenerationRequest, Priority, Token
+from orchestrator.handover import Handover
 from orchestrator.hops import Hops
 from orchestrator.journal import Journal
 from orchestrator.running import Job, Lane
@@ -59,10 +60,12 @@ class Chain:
     ) -> None:
         """`step_times`: of each stage, as far as they were measured before."""
         self._pool = StagePool(
-            plan_digest, stage_urls, settings or ChainSettings(), in_use=self._replicas, changed=self._fill_lanes
-        )
+            plan_digest, stage_urls, settings or ChainSettings(), in_use=self._replicas, held=self._held,
+            changed=self._fill_lanes,
+        )  # fmt: skip
         journal = Journal(len(self._pool), self.settings.journal_bytes_max)
         self._hops = Hops(self._pool, journal, Deadlines(len(self._pool), step_times))
+        self._handover = Handover(self._pool, self._hops.settle, self._start)
         self._lanes: list[Lane] = []
         self._waiting: dict[Priority, deque[Job]] = {priority: deque() for priority in get_args(Priority)}
         self._interactive = 0  # sequences, waiting and running
@@ -201,6 +204,7 @@ class Chain:
                 return False
             job = line.popleft()
             self._pool.kv.promise(lane.home, job.kv_tokens)
+            job.sequence.key = lane.key
             lane.jobs[job.sequence.id] = job
             lane.news.set()
         return True
@@ -209,7 +213,11 @@ class Chain:
         now_s = _now_s()
         share = self._share_of(job, now_s)
         states = [
-            lanes.LaneState(len(lane.jobs), now_s - lane.opened_s, self._pool.kv.fits(lane.home, job.kv_tokens, share))
+            lanes.LaneState(
+                len(lane.jobs),
+                now_s - lane.opened_s,
+                self._pool.kv.fits(lane.home, job.kv_tokens, share) and not self._handover.avoids(lane),
+            )
             for lane in self._lanes
         ]
         rule = self._rule(share)
@@ -288,7 +296,7 @@ class Chain:
 
     def _send(self, lane: Lane) -> bool:
         """Sends the lane's next step on its way, if there is one to be sent now. True if anything has changed."""
-        if not lane.window.takes_more or not self._avoid_draining(lane) or (lane.suspects and lane.window):
+        if not lane.window.takes_more or not self._handover.lane_may_go(lane) or (lane.suspects and lane.window):
             return False
         going = [job for job in lane.suspects[:1] or lane.jobs.values() if not job.sequence.cancelled]
         try:
@@ -302,16 +310,6 @@ class Chain:
         if flight is not None:
             self._start(self._fly(lane, flight))
         return flight is not None
-
-    def _avoid_draining(self, lane: Lane) -> bool:
-        """Between two steps, so that none begins at one replica and ends at another. False until those on their way
-        have ended."""
-        draining = [stage for stage, url in enumerate(lane.route) if url in self._pool.draining]
-        if draining and lane.window:
-            return False
-        for stage in draining:
-            lane.route[stage] = None
-        return True
 
     async def _fly(self, lane: Lane, flight: Flight) -> None:
         """Takes a step through the stages. Whatever comes of it is left in the flight, for the lane to find."""
@@ -419,6 +417,15 @@ class Chain:
 
     def _replicas(self) -> set[str]:
         return {url for lane in self._lanes for url in lane.route if url is not None}
+
+    def _held(self) -> dict[tuple[int, str], list[int]]:
+        """The sequences at each stage's replicas."""
+        held: dict[tuple[int, str], list[int]] = {}
+        for lane in self._lanes:
+            for stage, url in enumerate(lane.home):
+                if url is not None and lane.jobs:
+                    held.setdefault((stage, url), []).extend(lane.jobs)
+        return held
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

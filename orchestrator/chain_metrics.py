@@ -16,3 +16,11 @@ HANGS = Counter("stagecraft_hangs_total", "Times that a replica gave no reply wi
 JOURNAL_BYTES = Gauge("stagecraft_journal_bytes", "Bytes of steps kept for stages that may lose what they hold")
 WAITING = Gauge("stagecraft_sequences_waiting", "Sequences that wait for a lane", ["priority"])
 RUNNING = Gauge("stagecraft_sequences_running", "Sequences in a lane (numbers are used again)", ["lane"])
+HANDOVERS = Counter(
+    "stagecraft_handovers_total",
+    "Lanes that left a replica which drains: whole, partly or not at all (failed), or that stay there to their end",
+    ["stage", "outcome"],
+)
+HANDOVER_SECONDS = Histogram(
+    "stagecraft_handover_seconds", "Time in which a lane's keys and values went to another replica", buckets=_BUCKETS
+)

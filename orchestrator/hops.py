@@ -112,12 +112,12 @@ class Hops:
                 self._pool.kv.full(stage.index, url)
             raise
         except WrongPosition as error:
-            self._settle(lane, stage, error.replica)  # it is this one that is given what it lacks
+            self.settle(lane, stage, error.replica)  # it is this one that is given what it lacks
             raise
         metrics.HOP_BYTES.labels(stage.index).inc(len(body))
         if url is not None:  # a service may have started a replica for it
             self._deadlines.observe(stage.index, tokens, _now_s() - started_s)
-        self._settle(lane, stage, reply.extensions.get("replica"))
+        self.settle(lane, stage, reply.extensions.get("replica"))
         return reply.data
 
     def _limit_s(self, lane: Lane, stage: StageClient, tokens: int, trouble: _Trouble | None) -> float:
@@ -132,7 +132,7 @@ class Hops:
         most_s = max(settings.step_timeout_s, settings.wake_timeout_s - (_now_s() - lane.progress_s))
         return most_s if trouble is None or not trouble.hung else min(most_s, limit_s * 2.0**trouble.silences)
 
-    def _settle(self, lane: Lane, stage: StageClient, replica: str | None) -> None:
+    def settle(self, lane: Lane, stage: StageClient, replica: str | None) -> None:
         """The lane's caches are at this replica (HOST:PORT) now; what it left behind at another is freed."""
         if not replica or not stage.url.startswith("http://"):
             return  # behind TLS a replica has no address that a client could use

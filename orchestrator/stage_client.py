@@ -12,7 +12,7 @@ import itertools
 import json
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -22,12 +22,19 @@ from functions.contract import events
 from functions.contract.errors import InvalidEvent, StageError, StageFailure, from_json
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
-from functions.contract.messages import StageInfo
+from functions.contract.handover import Adopt, Adopted
+from functions.contract.messages import StageInfo, encode_sequences
 from orchestrator.stage_connection import CONNECT_TIMEOUT_S, WRITE_BYTES, ReplicaConnections, Reply, ReplyError
 
 _SOURCE = f"/stagecraft/orchestrator/{uuid.uuid4().hex[:12]}"
 _counter = itertools.count(1)
-_REPLIES = {events.WAKE: events.WOKEN, events.STEP: events.STEPPED, events.RELEASE: events.RELEASED}
+_REPLIES = {
+    events.WAKE: events.WOKEN,
+    events.STEP: events.STEPPED,
+    events.RELEASE: events.RELEASED,
+    events.RENEW: events.RENEWED,
+    events.ADOPT: events.ADOPTED,
+}
 
 
 class StageUnreachable(Exception):
@@ -56,8 +63,7 @@ class StageClient:
         """Asks the stage, or its replica at `url`, who it is; the answer comes once its weights are loaded."""
         reply = await self._send(events.WAKE, events.JSON, b"{}", {}, url, timeout_s)
         try:
-            data = json.loads(bytes(reply.data))
-            return StageInfo(**{**data, "blocks": tuple(data["blocks"])})
+            return StageInfo.from_json(json.loads(bytes(reply.data)))
         except (ValueError, TypeError, KeyError) as error:
             raise StageUnreachable(f"stage {self.index} at {self.url} answered no stage info: {error}") from None
 
@@ -67,6 +73,22 @@ class StageClient:
 
     async def release(self, data: bytes, url: str | None, timeout_s: float) -> None:
         await self._send(events.RELEASE, events.JSON, data, {}, url, timeout_s)
+
+    async def renew(self, sequences: Sequence[int], url: str, timeout_s: float) -> list[int]:
+        """Keeps sequences at the replica `url` from expiring; returns those that it does not know."""
+        reply = await self._send(events.RENEW, events.JSON, encode_sequences(sequences), {}, url, timeout_s)
+        try:
+            return [int(sequence) for sequence in json.loads(bytes(reply.data))["unknown"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise StageUnreachable(f"stage {self.index} at {url} answered no renewal: {error}") from None
+
+    async def adopt(self, adopt: Adopt, url: str, timeout_s: float) -> Adopted:
+        """Has the replica at `url` fetch sequences from another."""
+        reply = await self._send(events.ADOPT, events.JSON, adopt.to_body(), {}, url, timeout_s)
+        try:
+            return Adopted.from_body(reply.data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StageUnreachable(f"stage {self.index} at {url} answered no adoption: {error}") from None
 
     def close(self) -> None:
         """Closes what is open to replicas and not in use; the session is its owner's."""

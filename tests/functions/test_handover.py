@@ -37,9 +37,7 @@ TEXTS = {11: [7, 8, 9] * 9, 12: [200], 13: list(range(40, 60))}
 @pytest.fixture(scope="module")
 def two_runners(checkpoint: Checkpoint) -> tuple[Runner, Runner]:
     """The whole tiny model twice, as two processes have it."""
-    first, second = (
-        load_runner(checkpoint, BlockSpan(0, 4), torch.float32, torch.device("cpu")) for _ in range(2)
-    )
+    first, second = (load_runner(checkpoint, BlockSpan(0, 4), torch.float32, torch.device("cpu")) for _ in range(2))
     return first, second
 
 
@@ -327,9 +325,9 @@ def answering() -> Iterator[Callable[[bytes], str]]:
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
-def test_any_other_answer_is_one_kind_of_failure(answering: Callable[[bytes], str], answer: bytes) -> None:
+async def test_any_other_answer_is_one_kind_of_failure(answering: Callable[[bytes], str], answer: bytes) -> None:
     with pytest.raises((FetchFailed, StageError)):
-        fetch(answering(answer), EVENT, 1000)
+        await fetch(answering(answer), EVENT, 1000)
 
 
 # -- after SIGTERM
