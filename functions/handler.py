@@ -25,6 +25,7 @@ from functions.service import TAKEN_TYPES, StageService
 
 _KNOWN_TYPES = frozenset(TAKEN_TYPES)
 _JOIN_BYTES_MAX = 64 << 10  # of a body whose parts are joined, which then takes less than to send them one by one
+_PROBE = "k-network-probe"  # of a chain (orchestrator/replica_watch.py), where no queue-proxy answers it
 _QUEUE_PROXY_PORT = 8012  # pkg/networking/constants.go
 # addresses for documentation (RFC 5737, RFC 3849): nobody has them, so the default route is chosen for them
 _ELSEWHERE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
@@ -66,6 +67,8 @@ class Handler:
             return await self.event(request.scope, request.receive)
         if request.method not in ("GET", "HEAD"):
             return JSONResponse({"error": f"{request.method} is not supported; POST an event"}, 405)
+        if _PROBE in request.headers:
+            self._service.probed()
         return self._page(request.url.path)
 
     def _page(self, path: str) -> Response:

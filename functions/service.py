@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -44,7 +45,7 @@ TAKEN_TYPES = (*events.REQUEST_TYPES, SCORE, RESULT)
 
 
 _LOOKS_PER_LEASE = 4  # for sequences whose lease is over
-_QUIET_S = 2.0  # so long after SIGTERM a stage waits for somebody to fetch, or go on with, the sequences it holds
+_QUIET_S = 3.0  # so long after SIGTERM a stage waits for whoever holds sequences here; chains probe once a second
 _QUICK_S = 0.001
 _TOGETHER_TOKENS_MAX = 1024  # of several steps in one pass: more would make the short ones wait for the long
 
@@ -94,6 +95,7 @@ class StageService:
         self._clock = clock
         self._expiry: asyncio.Task[None] | None = None  # while sequences are held
         self._leaving_s: float | None = None  # when the process was told to end
+        self._probed_s = -math.inf
 
     def start(self) -> None:
         """Begins to load, once. Not done when built: a server may fork after that, and threads stay behind."""
@@ -123,9 +125,13 @@ class StageService:
         the time for that is over."""
         if self._stage is None or self._leaving_s is None or not len(self._stage.kv):
             return True
-        leaving_s = self._clock() - self._leaving_s
-        quiet = self._compute.idle and min(leaving_s, self._stage.leases.quiet_s) >= _QUIET_S
-        return quiet or leaving_s >= self.settings.grace_s
+        now_s = self._clock()
+        quiet_s = min(now_s - max(self._leaving_s, self._probed_s), self._stage.leases.quiet_s)
+        return (self._compute.idle and quiet_s >= _QUIET_S) or now_s - self._leaving_s >= self.settings.grace_s
+
+    def probed(self) -> None:
+        """A chain looks whether this replica drains, so it holds something here."""
+        self._probed_s = self._clock()
 
     async def answer(self, event: Event, replica: str, path: str = "/") -> Event | None:
         """The reply to an event; None where there is none to give. Raises StageError."""

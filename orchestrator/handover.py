@@ -25,12 +25,12 @@ log = structlog.get_logger()
 
 
 class Handover:
-    """`settle` ties a lane to a replica that has its caches, `start` runs a task beside the lanes."""
+    """`settle` ties a lane to a replica (HOST:PORT) that has its caches, `start` runs a task beside the lanes."""
 
     def __init__(
         self,
         pool: StagePool,
-        settle: Callable[[Lane, StageClient, str], None],
+        settle: Callable[[Lane, StageClient, str | None], None],
         start: Callable[[Coroutine[Any, Any, None]], None],
     ) -> None:
         self._pool = pool
@@ -79,10 +79,10 @@ class Handover:
         while lane.jobs and lane.moves.get(stage.index) is move:
             try:
                 info = await stage.wake(settings.wake_timeout_s)
-                new = replica_url(info.replica)
-                if new != move.old and new not in self._pool.draining:
+                url = replica_url(info.replica)
+                if url != move.old and url not in self._pool.draining:
                     self._pool.learn(info)
-                    move.new = new
+                    move.new = info.replica
                     lane.news.set()
                     return
             except PlanMismatch as error:
@@ -116,7 +116,7 @@ class Handover:
     ) -> dict[int, int]:
         with metrics.HANDOVER_SECONDS.time():
             adopt = Adopt(move.old, lane.key, tuple(sequences))
-            adopted = await stage.adopt(adopt, new, self._pool.settings.step_timeout_s)
+            adopted = await stage.adopt(adopt, replica_url(new), self._pool.settings.step_timeout_s)
         log.info(
             "lane_moved", lane=lane.name, stage=stage.index, old=move.old, new=new, sequences=len(sequences),
             fetched_bytes=adopted.fetched_bytes,
@@ -129,4 +129,4 @@ class Handover:
         if lane.jobs:
             self._settle(lane, stage, new)
         if left:
-            self._pool.spawn(self._pool.release_at(stage, new, left))
+            self._pool.spawn(self._pool.release_at(stage, replica_url(new), left))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from functions.contract.frames import Frame
-from functions.contract.messages import Opening, Slice, Step
+from functions.contract.messages import Slice, Step
 from orchestrator.journal import cut
 from orchestrator.lanes import Sequence
 
@@ -55,11 +55,7 @@ def refill_steps(gaps: Items[Gap], tokens_max: int) -> Iterator[Step]:
 def _step(gaps: Items[Gap]) -> Step:
     slices = tuple(Slice(gap.sequence.id, gap.start, gap.end - gap.start, sample=False) for gap in gaps)
     tokens = [token for gap in gaps for token in gap.sequence.history[gap.start : gap.end]]
-    openings = {
-        gap.sequence.id: Opening(gap.sequence.request.params, len(gap.sequence.request.prompt))
-        for gap in gaps
-        if gap.start == 0
-    }
+    openings = {gap.sequence.id: gap.sequence.opening for gap in gaps if gap.start == 0}
     return Step(slices, np.array(tokens, dtype=np.int32), _joined([gap.hidden for gap in gaps if gap.hidden]), openings)
 
 

@@ -56,7 +56,7 @@ class Lane:
 
 @dataclass(eq=False, slots=True)
 class Move:
-    """Off the replica `old`, to `new` once that is known."""
+    """Off the replica at the URL `old`, to `new` (HOST:PORT) once that is known."""
 
     old: str
     new: str | None = None

@@ -175,21 +175,24 @@ async def test_a_stage_leaves_when_its_sequences_have_left(stage: Stage, step_of
 async def test_it_leaves_when_nobody_cares_for_them_or_the_grace_is_over(
     stage: Stage, step_of: StepOf, clock: Clock
 ) -> None:
-    service = service_of(stage, clock, grace_s=5)
+    service = service_of(stage, clock, grace_s=10)
     await step(service, step_of((1, 0, [1])))
     clock.now_s += 100
     service.stop()
     assert not service.left, "whoever holds them has to notice first"
-    clock.now_s += 1
+    clock.now_s += 2
     await step(service, step_of((1, 1, [1])))
-    clock.now_s += 1.5
+    clock.now_s += 2
     assert not service.left
-    clock.now_s += 1
+    service.probed()
+    clock.now_s += 2
+    assert not service.left
+    clock.now_s += 1.5
     assert service.left
     await step(service, step_of((1, 2, [1])))
     assert not service.left
-    clock.now_s += 1.5
-    assert service.left, "5 s after it was told to"
+    clock.now_s += 2.5
+    assert service.left, "10 s after it was told to"
 
 
 def test_a_stage_that_holds_nothing_leaves_at_once(stage: Stage, clock: Clock) -> None:
