@@ -18,12 +18,15 @@ from starlette.types import Receive, Scope, Send
 
 from functions import metrics
 from functions.contract import events
-from functions.contract.errors import EventTooLarge, InvalidEvent, StageError
+from functions.contract.errors import EventTooLarge, InvalidEvent, StageError, Unauthorized
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
+from functions.contract.scoring import RESULT, SCORE
+from functions.contract.seals import Seals
 from functions.service import TAKEN_TYPES, StageService
 
 _KNOWN_TYPES = frozenset(TAKEN_TYPES)
+_BROKERED = frozenset((SCORE, RESULT))  # brokers add attributes on the way and have no key: not sealed, either way
 _JOIN_BYTES_MAX = 64 << 10  # of a body whose parts are joined, which then takes less than to send them one by one
 _QUEUE_PROXY_PORT = 8012  # pkg/networking/constants.go
 # addresses for documentation (RFC 5737, RFC 3849): nobody has them, so the default route is chosen for them
@@ -57,8 +60,9 @@ class Answer:
 class Handler:
     """Answers every request of a stage's process: events by POST, health and metrics by GET."""
 
-    def __init__(self, service: StageService) -> None:
+    def __init__(self, service: StageService, seals: Seals | None = None) -> None:
         self._service = service
+        self._seals = seals or Seals()
 
     async def __call__(self, request: Request) -> Response | Answer:
         self._service.start()  # in this process, which need not be the one that imported the function
@@ -91,9 +95,12 @@ class Handler:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         kind = headers.get("ce-type", "")
         kind = kind if kind in _KNOWN_TYPES else "unknown"  # a label must not grow with what people send
-        event = None
+        event, brokered = None, kind in _BROKERED
         try:
+            self._check_head(headers, brokered)
             body = await _read_body(headers, receive, self._service.settings.body_bytes_max)
+            if not brokered:
+                await self._seals.check_body(headers, body)
             event = events.from_lower_case(headers, body)
             reply, status = await self._service.answer(event, replica, scope["path"]), 200
             metrics.EVENTS.labels(kind, "ok").inc()
@@ -104,12 +111,25 @@ class Handler:
             return Answer(499)
         if reply is None:
             return Answer(200)  # to a broker: done, and there is no event to go on with
-        raw, parts = events.to_raw(reply)
+        told, parts = events.to_http(reply)[0], (reply.data, *reply.rest)
+        if not brokered:
+            await self._seals.seal_reply(told, parts, headers)
+        raw = events.raw_headers(told)
         if status in (429, 503):
             raw.append((b"retry-after", b"1"))
         answer = Answer(status, raw, parts)
         metrics.BODY_BYTES.labels("out").inc(answer.size)
         return answer
+
+    def _check_head(self, headers: Mapping[str, str], brokered: bool) -> None:
+        """What can be refused before the body is read. Raises StageError."""
+        if not brokered:
+            self._seals.check_request_head(headers)
+        elif self._seals.signed and self._service.settings.unsigned_scores == "refuse":
+            raise Unauthorized(
+                "this stage takes signed events only, and those that come through a broker are not: set "
+                "STAGE_UNSIGNED_SCORES=allow where only the broker can reach the stages"
+            )
 
 
 class _Disconnected(Exception):

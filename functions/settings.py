@@ -15,7 +15,9 @@ from functions.cgroup import CGROUP_ROOT, cpu_limit, memory_available_bytes
 from functions.claims import Claims
 from functions.contract.checkpoint import Checkpoint
 from functions.contract.location import default_wait_s
+from functions.contract.seals import CLOCK_SKEW_S, Seals
 from functions.contract.spans import BlockSpan
+from functions.contract.watched_file import FileError
 from functions.quantize import Quantization
 
 _CPU_KV_BYTES_MAX = 4 << 30
@@ -57,6 +59,15 @@ class StageSettings(BaseSettings):
     cores_lock: str = Field(
         "", description="file that stages on the same cores share; one that computes holds a lock on it"
     )
+    signing_key_file: Path | None = Field(
+        None, description="file of keys; only events signed with one of them are taken"
+    )
+    clock_skew_s: float = Field(
+        CLOCK_SKEW_S, gt=0, description="a signed event may be so old, or from the future; as long it is taken once"
+    )
+    unsigned_scores: Literal["refuse", "allow"] = Field(
+        "refuse", description="whether a stage with keys takes score events, which brokers bring unsigned"
+    )
     replica: str = Field("", description="HOST:PORT that reaches this replica; found out if not set")
 
     @field_validator("blocks", mode="before")
@@ -76,6 +87,13 @@ class StageSettings(BaseSettings):
             return Claims(self.claims) if self.claims else None
         except (ValueError, ImportError) as error:
             raise SettingsError(f"STAGE_CLAIMS is {self.claims!r}, which cannot be opened: {error}") from None
+
+    def open_seals(self) -> Seals:
+        """Raises SettingsError for a file that holds no keys."""
+        try:
+            return Seals.open(self.signing_key_file, self.clock_skew_s)
+        except FileError as error:
+            raise SettingsError(f"STAGE_SIGNING_KEY_FILE: {error}") from None
 
     def torch_device(self) -> torch.device:
         """Raises SettingsError for a GPU that is not there."""

@@ -32,6 +32,7 @@ import structlog
 from functions.contract.errors import InvalidEvent, KvExhausted, NotReady, StageError, WrongPosition
 from functions.contract.frames import Buffer
 from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, Sampled, Samples, StageInfo, encode_release
+from functions.contract.seals import Seals
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.generation import GenerationError, GenerationRequest, Priority, Token
@@ -115,10 +116,17 @@ class _Caches:
 class Chain:
     """Implements `orchestrator.generation.Generator` over stages that run elsewhere."""
 
-    def __init__(self, plan_digest: str, stage_urls: Sequence[str], settings: ChainSettings | None = None) -> None:
+    def __init__(
+        self,
+        plan_digest: str,
+        stage_urls: Sequence[str],
+        settings: ChainSettings | None = None,
+        seals: Seals | None = None,
+    ) -> None:
         self.settings = settings or ChainSettings()
         self.infos: tuple[StageInfo, ...] = ()
         self._plan = plan_digest
+        self._seals = seals or Seals()
         self._urls = tuple(url.rstrip("/") + "/" for url in stage_urls)
         self._stages: list[StageClient] = []
         self._lanes: list[_Lane] = []
@@ -151,7 +159,7 @@ class Chain:
         """Wakes all stages at once; ready as soon as the last has answered. Raises GenerationError if they do not fit
         together, or if one does not answer in time."""
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300))
-        self._stages = [StageClient(self._session, i, url, self._plan) for i, url in enumerate(self._urls)]
+        self._stages = [StageClient(self._session, i, url, self._plan, self._seals) for i, url in enumerate(self._urls)]
         self._watch = ReplicaWatch(self._session, self.settings.probe_every_s, self._replicas)
         infos = await asyncio.gather(*(self._wake(stage) for stage in self._stages))
         _check_chain(infos)
@@ -599,12 +607,13 @@ class Chain:
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
                 return await stage.wake(max(left_s, 0.1))
-            except (StageUnreachable, NotReady) as error:  # not there yet, or a replica that is about to end
+            except (StageUnreachable, StageError) as error:
+                if isinstance(error, StageError) and not error.retriable:
+                    raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None
+                # not there yet, a replica that is about to end, or an event that was damaged on the way
                 if left_s <= 0:
                     raise GenerationError(str(error), status=503, code="stage_unavailable") from None
                 await asyncio.sleep(self.settings.backoff_s)
-            except StageError as error:
-                raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -26,6 +26,8 @@ import uvloop
 from functions.contract.checkpoint import CheckpointError
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.logs import configure_logs
+from functions.contract.seals import Seals
+from functions.contract.watched_file import FileError
 from knative.eventing.store_errors import StoreError
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
@@ -65,10 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         location = checkpoint_location(settings.model)
         wait_for_checkpoint(location, settings.model_wait_s)
         tokenizer = load_tokenizer(location)
+        seals = _open_seals(settings)
         # after the settings, so that a misspelt one is told at once
         from orchestrator.chain import Chain
 
-        chain = Chain(settings.plan, settings.stage_urls, _chain_settings(settings))
+        chain = Chain(settings.plan, settings.stage_urls, _chain_settings(settings), seals)
         service = Service(
             chain,
             tokenizer,
@@ -289,6 +292,14 @@ def _chain_settings(settings: OrchestratorSettings) -> ChainSettings:
     from orchestrator.chain import ChainSettings
 
     return ChainSettings(**{field.name: getattr(settings, field.name) for field in fields(ChainSettings)})
+
+
+def _open_seals(settings: OrchestratorSettings) -> Seals:
+    """Raises SettingsError for a file that holds no keys."""
+    try:
+        return Seals.open(settings.stage_signing_key_file)
+    except FileError as error:
+        raise SettingsError(f"{PREFIX}STAGE_SIGNING_KEY_FILE: {error}") from None
 
 
 def _first_complaint(error: Any) -> str:

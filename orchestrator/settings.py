@@ -29,6 +29,9 @@ class OrchestratorSettings(BaseSettings):
     model_name: str = Field(min_length=1, description="name that clients give as `model`")
     stage_urls: Annotated[tuple[str, ...], NoDecode] = Field(description="URLs of the stages, in order, by comma")
     plan: str = Field(description="digest of the plan that the stages belong to")
+    stage_signing_key_file: Path | None = Field(
+        None, description="file of the keys that stages share; events to them are signed with the first"
+    )
     host: str = Field("0.0.0.0", description="address of the HTTP and gRPC ports")
     http_port: int = Field(8080, ge=1, le=65535, description="port of REST and OpenAI endpoints")
     grpc_port: int = Field(8081, ge=0, le=65535, description="port of KServe's gRPC service, 0 for none")
