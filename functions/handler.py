@@ -22,7 +22,7 @@ from functions.contract.errors import EventTooLarge, InvalidEvent, StageError, U
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
 from functions.contract.scoring import RESULT, SCORE
-from functions.contract.seals import Seals
+from functions.contract.seals import Arriving, Seals
 from functions.service import TAKEN_TYPES, StageService
 
 _KNOWN_TYPES = frozenset(TAKEN_TYPES)
@@ -98,9 +98,8 @@ class Handler:
         event, brokered = None, kind in _BROKERED
         try:
             self._check_head(headers, brokered)
-            body = await _read_body(headers, receive, self._service.settings.body_bytes_max)
-            if not brokered:
-                await self._seals.check_body(headers, body)
+            arriving = Arriving({} if brokered else headers)
+            body = await _read_body(headers, receive, self._service.settings.body_bytes_max, arriving)
             event = events.from_lower_case(headers, body)
             reply, status = await self._service.answer(event, replica, scope["path"]), 200
             metrics.EVENTS.labels(kind, "ok").inc()
@@ -136,40 +135,43 @@ class _Disconnected(Exception):
     """The client has gone before its event was whole."""
 
 
-async def _read_body(headers: Mapping[str, str], receive: Receive, bytes_max: int) -> Buffer:
+async def _read_body(headers: Mapping[str, str], receive: Receive, bytes_max: int, arriving: Arriving) -> Buffer:
     """The whole body, refused as soon as it is known to be too large. Raises EventTooLarge, InvalidEvent,
-    _Disconnected."""
+    CorruptEvent, _Disconnected."""
     announced = headers.get("content-length", "")
     size = int(announced) if announced.isdecimal() else None
     if size is not None and size > bytes_max:
         raise EventTooLarge(f"the event has {size} bytes, this stage takes {bytes_max} (STAGE_BODY_BYTES_MAX)")
     chunk, more = await _next_chunk(receive)
     if more and size is not None:
-        body: Buffer = await _collect(chunk, receive, size)
+        body: Buffer = await _collect(chunk, receive, size, arriving)
     else:
-        body = await _stream(chunk, more, receive, bytes_max)
+        body = await _stream(chunk, more, receive, bytes_max, arriving)
+    arriving.check()
     if not body and headers.get("ce-type") != events.WAKE and "ce-dataref" not in headers:
         raise InvalidEvent("the event has no data")
     metrics.BODY_BYTES.labels("in").inc(len(body))
     return body
 
 
-async def _collect(chunk: bytes, receive: Receive, size: int) -> Buffer:
+async def _collect(chunk: bytes, receive: Receive, size: int, arriving: Arriving) -> Buffer:
     """`size` bytes, each put where it stays. The memory is not filled with zeros before, as a bytearray's would be."""
     body, at, more = np.empty(size, dtype=np.uint8).data, 0, True
     while True:
         body[at : at + len(chunk)] = chunk
+        arriving.add(chunk)
         at += len(chunk)
         if not more:
             return body[:at]
         chunk, more = await _next_chunk(receive)
 
 
-async def _stream(chunk: bytes, more: bool, receive: Receive, bytes_max: int) -> Buffer:
+async def _stream(chunk: bytes, more: bool, receive: Receive, bytes_max: int, arriving: Arriving) -> Buffer:
     """As many bytes as come; not as `bytes`, since torch wants what it could write to. Raises EventTooLarge."""
     body = bytearray()
     while True:
         body += chunk
+        arriving.add(chunk)
         if len(body) > bytes_max:
             raise EventTooLarge(f"the event is over {bytes_max} bytes (STAGE_BODY_BYTES_MAX)")
         if not more:

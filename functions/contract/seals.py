@@ -19,8 +19,10 @@ import hashlib
 import hmac
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
@@ -40,6 +42,7 @@ _SHA256_DIGITS = 64
 _NOT_DIGESTED = frozenset((DIGEST,))
 _NOT_SIGNED = frozenset((DIGEST, SIGNATURE))
 _ASKED = "request"
+_OTHER_BODY = "the body is not as it was sent: its digest is another one; send it again"
 
 
 def parse_keys(content: bytes) -> tuple[bytes, ...]:
@@ -65,6 +68,7 @@ class Seals:
         self._keys = keys
         self._now_s = now_s
         self._seen = SeenEvents(clock_skew_s, now_s)
+        self._passing = _Passing()
 
     @classmethod
     def open(cls, key_file: Path | None, clock_skew_s: float = CLOCK_SKEW_S) -> Seals:
@@ -96,7 +100,8 @@ class Seals:
         headers[DIGEST] = f"{body}.{_checksum(_statement(digested, headers, _NOT_DIGESTED, body))}"
 
     async def _body(self, parts: Sequence[Buffer]) -> str:
-        return await _hashed(parts, strong=self._keys is not None)
+        strong = self._keys is not None
+        return (len(parts) == 1 and self._passing.find(parts[0], strong)) or await _hashed(parts, strong)
 
     # -- what arrives
 
@@ -127,8 +132,9 @@ class Seals:
     async def check_body(self, headers: Mapping[str, str], body: Buffer) -> None:
         """After the head. Raises CorruptEvent for a body that is not the one that the head promises."""
         promised = headers.get(DIGEST, "").partition(".")[0]
-        if promised and promised != await _hashed((body,), strong=len(promised) == _SHA256_DIGITS):
-            raise CorruptEvent("the body is not as it was sent: its digest is another one; send it again")
+        if promised and promised != await _hashed((body,), _is_strong(promised)):
+            raise CorruptEvent(_OTHER_BODY)
+        self._passing.keep(body, promised)
 
     def _is_signed(self, headers: Mapping[str, str], context: str, body: str) -> bool:
         """By any of the keys. A checksum in place of SHA-256 would be no proof of the body."""
@@ -137,7 +143,41 @@ class Seals:
         statement = _statement(context, headers, _NOT_SIGNED, body)
         # all keys each time, so that the time tells nothing of them
         found = [hmac.compare_digest(_signature(key, statement).encode(), given) for key in self._keys.value]
-        return any(found) and len(body) == _SHA256_DIGITS
+        return any(found) and _is_strong(body)
+
+
+class Arriving:
+    """The same check for a body that arrives in pieces: hashed as they come, which then are in the processor's caches,
+    and while others are on their way."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._promised = headers.get(DIGEST, "").partition(".")[0]
+        self._hasher = _hasher(_is_strong(self._promised)) if self._promised else None
+
+    def add(self, piece: Buffer) -> None:
+        if self._hasher is not None:
+            self._hasher.update(piece)
+
+    def check(self) -> None:
+        """Once it is whole. Raises CorruptEvent."""
+        if self._hasher is not None and self._hasher.hexdigest() != self._promised:
+            raise CorruptEvent(_OTHER_BODY)
+
+
+class _Passing:
+    """BODY of large bodies that have been checked, for as long as they live: an orchestrator sends them on unopened."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Buffer], str]] = {}
+
+    def keep(self, body: Buffer, digest: str) -> None:
+        if isinstance(body, memoryview) and digest:
+            place = id(body)
+            self._known[place] = weakref.ref(body, lambda _: self._known.pop(place, None)), digest
+
+    def find(self, body: Buffer, strong: bool) -> str | None:
+        reference, digest = self._known.get(id(body), (None, ""))
+        return digest if reference is not None and reference() is body and _is_strong(digest) == strong else None
 
 
 class SeenEvents:
@@ -227,16 +267,27 @@ def _signature(key: bytes, statement: bytes) -> str:
     return hmac.digest(key, statement, "sha256").hex()
 
 
-async def _hashed(parts: Sequence[Buffer], *, strong: bool) -> str:
+class _Hasher(Protocol):
+    def update(self, data: Buffer, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
+def _hasher(strong: bool) -> _Hasher:
+    return hashlib.sha256() if strong else xxhash.xxh3_64()
+
+
+def _is_strong(body: str) -> bool:
+    return len(body) == _SHA256_DIGITS
+
+
+async def _hashed(parts: Sequence[Buffer], strong: bool) -> str:
     """BODY of a body that lies in these parts."""
-    if not strong:
-        return _hash(xxhash.xxh3_64(), parts)
-    if sum(map(len, parts)) < _BESIDE_BYTES_MIN:
-        return _hash(hashlib.sha256(), parts)
-    return await asyncio.to_thread(_hash, hashlib.sha256(), parts)
+    if strong and sum(map(len, parts)) >= _BESIDE_BYTES_MIN:
+        return await asyncio.to_thread(_hash, _hasher(strong), parts)
+    return _hash(_hasher(strong), parts)
 
 
-def _hash(hasher: xxhash.xxh3_64 | hashlib._Hash, parts: Iterable[Buffer]) -> str:
+def _hash(hasher: _Hasher, parts: Iterable[Buffer]) -> str:
     for part in parts:
         hasher.update(part)
     return hasher.hexdigest()
