@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from functions.cgroup import CGROUP_ROOT, cpu_limit, memory_available_bytes
 from functions.claims import Claims
 from functions.contract.checkpoint import Checkpoint
+from functions.contract.http_limits import HttpLimits
 from functions.contract.location import default_wait_s
 from functions.contract.seals import CLOCK_SKEW_S, Seals
 from functions.contract.spans import BlockSpan
@@ -59,6 +60,12 @@ class StageSettings(BaseSettings):
     cores_lock: str = Field(
         "", description="file that stages on the same cores share; one that computes holds a lock on it"
     )
+    connections_max: int = Field(HttpLimits.connections_max, gt=0, description="open at once; further ones get 503")
+    header_bytes_max: int = Field(HttpLimits.header_bytes_max, gt=0, description="of a request; more get 431")
+    headers_max: int = Field(HttpLimits.headers_max, gt=0, description="of a request; more get 431")
+    receive_timeout_s: float = Field(
+        HttpLimits.receive_timeout_s, gt=0, description="seconds for an event to come, headers and body; then 408"
+    )
     signing_key_file: Path | None = Field(
         None, description="file of keys; only events signed with one of them are taken"
     )
@@ -80,6 +87,10 @@ class StageSettings(BaseSettings):
         if self.index >= self.count:
             raise ValueError(f"STAGE_INDEX {self.index} must be below STAGE_COUNT {self.count}")
         return self
+
+    @property
+    def http_limits(self) -> HttpLimits:
+        return HttpLimits(self.connections_max, self.header_bytes_max, self.headers_max, self.receive_timeout_s)
 
     def open_claims(self) -> Claims | None:
         """None without STAGE_CLAIMS. Raises SettingsError for a URL that cannot be opened."""
