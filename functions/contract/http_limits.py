@@ -13,6 +13,8 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+_LINGER_S = 1.0
+
 
 @dataclass(frozen=True)
 class HttpLimits:
@@ -82,8 +84,8 @@ def limited_protocol(limits: HttpLimits) -> type[HttpToolsProtocol]:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
-            self._stop_clock()
             if not self._refused:
+                self._stop_clock()
                 super().on_message_complete()
 
         def _start_clock(self) -> None:
@@ -106,7 +108,8 @@ def limited_protocol(limits: HttpLimits) -> type[HttpToolsProtocol]:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the request has {complaint} of headers")
 
         def _refuse(self, status: HTTPStatus, message: str) -> None:
-            """Says so and closes; whoever waits for the rest of the request is told that it will not come."""
+            """Says so and closes, a moment later: who still sends when a connection is closed loses what it was told
+            (RFC 9112, 9.6). An application that waits for the rest of the request learns of it then."""
             if self._refused or self.transport.is_closing():
                 return
             self._refused = True
@@ -114,6 +117,10 @@ def limited_protocol(limits: HttpLimits) -> type[HttpToolsProtocol]:
             body = json.dumps({"error": message}).encode()
             head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-            self.transport.close()
+            if status is HTTPStatus.SERVICE_UNAVAILABLE or not self.transport.can_write_eof():
+                self.transport.close()
+            else:
+                self.transport.write_eof()
+                self._receiving = self.loop.call_later(_LINGER_S, self.transport.close)
 
     return LimitedProtocol
