@@ -22,6 +22,7 @@ import uvloop
 from functions_framework.aio import create_asgi_app
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from functions.contract.http_limits import limited_protocol
 from functions.contract.logs import configure_logs
 from functions.settings import SettingsError
 
@@ -44,6 +45,7 @@ def serve(fd: int | None = None) -> int:
         _EventsFirst(_main().handler, framework_app),
         host=host,
         port=port,
+        http=limited_protocol(_main().settings.http_limits),
         log_level="warning",
         access_log=False,
         timeout_keep_alive=3600,

@@ -29,6 +29,7 @@ import structlog
 
 from functions.contract.errors import KvExhausted, StageError, WrongPosition
 from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, StageInfo
+from functions.contract.seals import Seals
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.chain_settings import ChainSettings as ChainSettings  # part of this module's surface
@@ -56,12 +57,13 @@ class Chain:
         plan_digest: str,
         stage_urls: Sequence[str],
         settings: ChainSettings | None = None,
+        seals: Seals | None = None,
         step_times: Sequence[StepTimes] = (),
     ) -> None:
         """`step_times`: of each stage, as far as they were measured before."""
         self._pool = StagePool(
-            plan_digest, stage_urls, settings or ChainSettings(), in_use=self._replicas, held=self._held,
-            changed=self._fill_lanes,
+            plan_digest, stage_urls, settings or ChainSettings(), seals or Seals(), in_use=self._replicas,
+            held=self._held, changed=self._fill_lanes,
         )  # fmt: skip
         journal = Journal(len(self._pool), self.settings.journal_bytes_max)
         self._hops = Hops(self._pool, journal, Deadlines(len(self._pool), step_times))

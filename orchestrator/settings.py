@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from functions.contract.http_limits import HttpLimits
 from functions.contract.location import default_wait_s
 from orchestrator.step_times import StepTimes, read_step_times
 
@@ -30,10 +31,24 @@ class OrchestratorSettings(BaseSettings):
     model_name: str = Field(min_length=1, description="name that clients give as `model`")
     stage_urls: Annotated[tuple[str, ...], NoDecode] = Field(description="URLs of the stages, in order, by comma")
     plan: str = Field(description="digest of the plan that the stages belong to")
+    stage_signing_key_file: Path | None = Field(
+        None, description="file of the keys that stages share; events to them are signed with the first"
+    )
+    api_keys_file: Path | None = Field(None, description="file of API keys; only requests with one of them are taken")
+    events_without_key: Literal["refuse", "allow"] = Field(
+        "refuse", description="whether a server with API keys takes events at /events, which brokers bring without one"
+    )
     host: str = Field("0.0.0.0", description="address of the HTTP and gRPC ports")
     http_port: int = Field(8080, ge=1, le=65535, description="port of REST and OpenAI endpoints")
     grpc_port: int = Field(8081, ge=0, le=65535, description="port of KServe's gRPC service, 0 for none")
     body_bytes_max: int = Field(8 << 20, gt=0, description="longest request body")
+    json_depth_max: int = Field(64, gt=0, description="how deep the JSON of a request body may be nested")
+    connections_max: int = Field(HttpLimits.connections_max, gt=0, description="open at once; further ones get 503")
+    header_bytes_max: int = Field(HttpLimits.header_bytes_max, gt=0, description="of a request; more get 431")
+    headers_max: int = Field(HttpLimits.headers_max, gt=0, description="of a request; more get 431")
+    receive_timeout_s: float = Field(
+        HttpLimits.receive_timeout_s, gt=0, description="seconds for a request to come, headers and body; then 408"
+    )
     requests_max: int = Field(256, gt=0, description="requests in work or waiting at once; more get 429")
     events: Literal["reply", "later", "off"] = Field(
         "reply", description="requests of batches as events: answered with their result, acknowledged first, or refused"
@@ -77,6 +92,10 @@ class OrchestratorSettings(BaseSettings):
     probe_every_s: float = Field(1, gt=0, description="seconds between two looks whether replicas in use drain")
     idle_before_wake_s: float = Field(2, ge=0, description="idle seconds after which all stages are woken at once")
     log_json: bool | None = Field(None, description="logs as JSON; by default wherever stderr is no terminal")
+
+    @property
+    def http_limits(self) -> HttpLimits:
+        return HttpLimits(self.connections_max, self.header_bytes_max, self.headers_max, self.receive_timeout_s)
 
     @property
     def batch_workers(self) -> int:

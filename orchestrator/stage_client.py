@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import json
+import time
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,20 @@ import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 
 from functions.contract import events
-from functions.contract.errors import InvalidEvent, StageError, StageFailure, from_json
+from functions.contract.errors import (
+    CorruptEvent,
+    InvalidEvent,
+    StageError,
+    StageFailure,
+    StaleEvent,
+    Unauthorized,
+    from_json,
+)
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
 from functions.contract.handover import Adopt, Adopted
 from functions.contract.messages import StageInfo, encode_sequences
+from functions.contract.seals import Seals
 from orchestrator.stage_connection import CONNECT_TIMEOUT_S, WRITE_BYTES, ReplicaConnections, Reply, ReplyError
 
 _SOURCE = f"/stagecraft/orchestrator/{uuid.uuid4().hex[:12]}"
@@ -51,12 +61,15 @@ class StageClient:
     Events to the service go by the proxy that http_proxy, https_proxy and no_proxy name: on a single machine that is
     the ingress, which alone knows the services' names. Replicas are addresses and are asked directly."""
 
-    def __init__(self, session: aiohttp.ClientSession, index: int, url: str, plan: str) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, index: int, url: str, plan: str, seals: Seals | None = None
+    ) -> None:
         self.index = index
         self.url = url
         self._session = session
         self._proxy = proxy_for(url)
         self._replicas = ReplicaConnections()
+        self._seals = seals or Seals()
         self._extensions = {"plan": plan, "stage": str(index)}
 
     async def wake(self, timeout_s: float, url: str | None = None) -> StageInfo:
@@ -103,14 +116,37 @@ class StageClient:
         replica: str | None,
         timeout_s: float,
     ) -> Event:
+        """An event that was held up until its signature was too old (while a stage starts, say) is sent once more."""
+        started_s = time.monotonic()
+        try:
+            return await self._exchange(kind, content_type, data, extra, replica, timeout_s)
+        except StaleEvent:
+            left_s = max(timeout_s - (time.monotonic() - started_s), CONNECT_TIMEOUT_S)
+            return await self._exchange(kind, content_type, data, extra, replica, left_s)
+
+    async def _exchange(
+        self,
+        kind: str,
+        content_type: str,
+        data: Buffer,
+        extra: Mapping[str, str],
+        replica: str | None,
+        timeout_s: float,
+    ) -> Event:
         event = Event(kind, _SOURCE, str(next(_counter)), content_type, data, {**self._extensions, **extra})
         headers, body = events.to_http(event)
+        await self._seals.seal_request(headers, (body,))
+
+        async def check(reply: Reply) -> None:
+            await self._check(reply, headers)
+
         try:
             if replica is None:
                 reply = await self._ask_service(headers, body, timeout_s)
+                await check(reply)
             else:
                 lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-                reply = await self._replicas.post(replica, lines, body, timeout_s)
+                reply = await self._replicas.post(replica, lines, body, timeout_s, check)
         except (aiohttp.ClientError, ReplyError) as error:  # first: some of aiohttp's are TimeoutErrors, of connecting
             raise self._no_reply(replica, str(error) or type(error).__name__) from error
         except TimeoutError as error:
@@ -122,6 +158,25 @@ class StageClient:
 
     def _no_reply(self, replica: str | None, reason: str) -> StageUnreachable:
         return StageUnreachable(f"stage {self.index} at {replica or self.url} gave no reply: {reason}")
+
+    async def _check(self, reply: Reply, request: Mapping[str, str]) -> None:
+        """Raises ReplyError for a reply that is not what the stage said, or not to this request; Unauthorized where
+        the stage says that it does not know our key, so that we cannot know its signature either."""
+        if "ce-type" not in reply.headers:
+            return  # no event at all, which is told with what it says instead
+        try:
+            self._seals.check_reply_head(reply.headers, request)
+            await self._seals.check_body(reply.headers, reply.body)
+        except CorruptEvent:
+            raise ReplyError(f"status {reply.status} with a reply that is damaged, or not to this event") from None
+        except Unauthorized as error:
+            if isinstance(told := self._told(reply), Unauthorized):
+                raise told from None
+            raise ReplyError(f"status {reply.status}, and {error}") from None
+
+    def _told(self, reply: Reply) -> StageError | None:
+        """The error that a reply tells, if it tells one."""
+        return self._error(bytes(reply.body)) if reply.headers.get("ce-type") == events.ERROR else None
 
     async def _ask_service(self, headers: Mapping[str, str], body: Buffer, timeout_s: float) -> Reply:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
@@ -38,21 +38,26 @@ class Reply:
     body: Buffer
 
 
+Check = Callable[[Reply], Awaitable[None]]
+
+
 class ReplicaConnections:
     """Open connections to replicas, used again and again, one request at a time each. Not for several event loops."""
 
     def __init__(self) -> None:
         self._idle: dict[str, list[_Connection]] = {}
 
-    async def post(self, url: str, headers: str, body: Buffer, timeout_s: float) -> Reply:
+    async def post(self, url: str, headers: str, body: Buffer, timeout_s: float, check: Check | None = None) -> Reply:
         """The reply to `body`, sent with the lines of `headers` (each ended by CRLF) and what HTTP needs besides.
 
-        `url` is http://HOST:PORT/PATH. Raises TimeoutError and OSError; the connection is closed then, as it is when
-        the caller is cancelled."""
+        `url` is http://HOST:PORT/PATH. `check` raises for a reply that is not to be believed. Raises TimeoutError,
+        OSError and what `check` raises; the connection is closed then, as it is when the caller is cancelled."""
         async with asyncio.timeout(timeout_s):
             connection = self._take(url) or await _connect(url)
             try:
                 reply = await connection.ask(f"{_first_lines(url)}{headers}content-length: {len(body)}\r\n\r\n", body)
+                if check is not None:
+                    await check(reply)
             except BaseException:
                 connection.abort()
                 raise

@@ -14,8 +14,9 @@ from typing import Any
 import aiohttp
 import structlog
 
-from functions.contract.errors import NotReady, StageError
+from functions.contract.errors import StageError
 from functions.contract.messages import StageInfo, encode_sequences
+from functions.contract.seals import Seals
 from orchestrator.chain_settings import ChainSettings
 from orchestrator.generation import GenerationError
 from orchestrator.kv_ledger import KvLedger
@@ -36,6 +37,7 @@ class StagePool:
         plan_digest: str,
         urls: Sequence[str],
         settings: ChainSettings,
+        seals: Seals,
         in_use: Callable[[], set[str]],
         held: Callable[[], Held],
         changed: Callable[[], None],
@@ -46,6 +48,7 @@ class StagePool:
         self.kv = KvLedger(len(urls))
         self.releases: set[asyncio.Task[None]] = set()
         self._plan = plan_digest
+        self._seals = seals
         self._urls = tuple(url.rstrip("/") + "/" for url in urls)
         self._in_use = in_use
         self._held = held
@@ -62,7 +65,7 @@ class StagePool:
         """Wakes all stages at once and returns when the last has answered. Raises GenerationError if they do not fit
         together, or if one does not answer in time."""
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300))
-        self.clients = [StageClient(self._session, i, url, self._plan) for i, url in enumerate(self._urls)]
+        self.clients = [StageClient(self._session, i, url, self._plan, self._seals) for i, url in enumerate(self._urls)]
         self._watch = ReplicaWatch(self._session, self.settings.probe_every_s, self._in_use)
         self._renewals = Renewals(self.clients, self._held, self._lease_s, self.settings.release_timeout_s)
         infos = await asyncio.gather(*(self._wake(stage) for stage in self.clients))
@@ -185,12 +188,13 @@ class StagePool:
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
                 return await stage.wake(max(left_s, 0.1))
-            except (StageUnreachable, NotReady) as error:  # not there yet, or a replica that is about to end
+            except (StageUnreachable, StageError) as error:
+                if isinstance(error, StageError) and not error.retriable:
+                    raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None
+                # not there yet, a replica that is about to end, or an event that was damaged on the way
                 if left_s <= 0:
                     raise GenerationError(str(error), status=503, code="stage_unavailable") from None
                 await asyncio.sleep(self.settings.backoff_s)
-            except StageError as error:
-                raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None
 
 
 def replica_url(replica: str) -> str:

@@ -69,8 +69,12 @@ def to_http(event: Event) -> tuple[dict[str, str], Buffer]:
 
 def to_raw(event: Event) -> tuple[list[tuple[bytes, bytes]], Sequence[Buffer]]:
     """Headers as ASGI has them, and the parts of the body."""
-    headers = [(name.encode(), value.encode()) for name, value in to_http(event)[0].items()]
-    return headers, (event.data, *event.rest)
+    return raw_headers(to_http(event)[0]), (event.data, *event.rest)
+
+
+def raw_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI has them."""
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def from_http_request(headers: Mapping[str, str], body: Buffer) -> Event:
