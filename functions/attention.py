@@ -13,14 +13,12 @@ by torch over gathered and padded rows. Each longer slice (prefill) is one call 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence as Items
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -28,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from functions import paged_attention
 from functions.contract.messages import KV_PAGE_TOKENS
-from functions.kv_cache import KvPool, RowShape, Sequence
+from functions.kv_cache import KvPool, RowShape, Sequence, pool_rows
 
 PACKED = "stagecraft_packed"
 _PADDING_MAX = 1.25  # sequences that are gathered together differ in length by no more than that
@@ -169,13 +167,13 @@ class _Pages:
     def rows_of(self, index: int, device: torch.device) -> torch.Tensor:
         """Rows of the pools that hold a slice's sequence up to its end."""
         if index not in self._rows:
-            self._rows[index] = torch.from_numpy(_pool_rows(self._pages[index], 0, self._ends[index])).to(device)
+            self._rows[index] = torch.from_numpy(pool_rows(self._pages[index], 0, self._ends[index])).to(device)
         return self._rows[index]
 
     def _file(self, key: torch.Tensor, value: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor]) -> None:
         if self._new is None:
             parts = [
-                _pool_rows(pages, end - length, end)
+                pool_rows(pages, end - length, end)
                 for pages, end, length in zip(self._pages, self._ends, self._lengths, strict=True)
             ]
             self._new = torch.from_numpy(np.concatenate(parts)).to(key.device)
@@ -196,7 +194,7 @@ class _Pages:
         ends = [self._ends[i] for i in group]
         index = np.zeros((len(group), max(ends)), dtype=np.int64)
         for row, (i, end) in enumerate(zip(group, ends, strict=True)):
-            index[row, :end] = _pool_rows(self._pages[i], 0, end)
+            index[row, :end] = pool_rows(self._pages[i], 0, end)
             index[row, end:] = index[row, 0]  # its own row: zero times another's NaN would be NaN
         rows = torch.from_numpy(self._layout.rows[group].astype(np.int64))
         return _Padded(rows.to(device), torch.from_numpy(index).to(device), torch.tensor(ends, device=device))
@@ -296,12 +294,6 @@ def _starts(lengths: Items[int]) -> list[int]:
         starts.append(at)
         at += length
     return starts
-
-
-def _pool_rows(pages: array[int], start: int, end: int) -> npt.NDArray[np.int64]:
-    """Rows of the pools that hold a sequence's tokens start .. end - 1."""
-    at = np.arange(start, end)
-    return np.asarray(pages, dtype=np.int64)[at // KV_PAGE_TOKENS] * KV_PAGE_TOKENS + at % KV_PAGE_TOKENS
 
 
 AttentionInterface.register(PACKED, packed_attention)

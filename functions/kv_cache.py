@@ -18,11 +18,13 @@ import itertools
 import mmap
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from functions.contract.errors import KvExhausted
@@ -137,6 +139,12 @@ class KvStore:
         return sequence
 
 
+def pool_rows(pages: array[int], start: int, end: int) -> npt.NDArray[np.int64]:
+    """Rows of the pools that hold a sequence's tokens start .. end - 1."""
+    at = np.arange(start, end)
+    return np.asarray(pages, dtype=np.int64)[at // KV_PAGE_TOKENS] * KV_PAGE_TOKENS + at % KV_PAGE_TOKENS
+
+
 @dataclass(frozen=True, slots=True)
 class RowShape:
     """What one token files in one block: keys [kv heads, key size], values [kv heads, value size]."""
@@ -165,6 +173,22 @@ class KvPool:
         heads = [s.kv_heads for s in self.shapes]
         self.keys = [part.view(rows, count, -1) for part, count in zip(flat[::2], heads, strict=True)]
         self.values = [part.view(rows, count, -1) for part, count in zip(flat[1::2], heads, strict=True)]
+
+    def read(self, rows: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Copies of rows, `keys.B` and `values.B` [rows, kv heads, size] for each block."""
+        index = torch.from_numpy(rows).to(self.keys[0].device)
+        return {
+            f"{name}.{block}": pool[index]
+            for name, pools in (("keys", self.keys), ("values", self.values))
+            for block, pool in enumerate(pools)
+        }
+
+    def write(self, rows: npt.NDArray[np.int64], arrays: Mapping[str, torch.Tensor], at: int) -> None:
+        """What `read` gave, from its row `at` on. The arrays have been checked."""
+        index = torch.from_numpy(rows).to(self.keys[0].device)
+        for name, pools in (("keys", self.keys), ("values", self.values)):
+            for block, pool in enumerate(pools):
+                pool[index] = arrays[f"{name}.{block}"][at : at + len(rows)].to(pool.device)
 
     def forget(self) -> None:
         """Gives all memory back; whatever is in the pages is gone."""

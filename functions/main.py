@@ -16,8 +16,9 @@ from functions.handler import Answer, Handler
 from functions.service import StageService
 from functions.settings import read_settings
 
-service = StageService(read_settings())
-handler = Handler(service)
+settings = read_settings()
+service = StageService(settings)
+handler = Handler(service, settings.open_seals())
 
 
 @functions_framework.aio.http  # type: ignore[untyped-decorator]  # the framework has no types

@@ -7,6 +7,7 @@ model's own cache class.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any, Protocol
 
@@ -15,17 +16,20 @@ import structlog
 import torch
 from transformers import DynamicCache
 
-from functions import paged_attention
+from functions import cache_layers, paged_attention
 from functions.attention import PACKED, PackedPass, Unpackable
 from functions.contract.checkpoint import Checkpoint, CheckpointError
-from functions.contract.errors import WrongPosition
+from functions.contract.errors import InvalidEvent, WrongPosition
+from functions.contract.frames import Frame
+from functions.contract.handover import Piece
 from functions.contract.messages import Opening, Slice
 from functions.contract.sampling import SamplingParams
 from functions.contract.spans import BlockSpan
 from functions.kernels import why_no_kernels
-from functions.kv_cache import KvPool, Sequence
+from functions.kv_cache import KvPool, Sequence, pool_rows
 from functions.quantize import Quantization
 from functions.span_model import SpanModel, load_span
+from functions.weights import SAFETENSORS_DTYPES
 
 _PROBE = (3, 2)  # lengths of the two sequences that the self-check runs
 _PACKED_ERROR = 1e-3  # by which packed linear layers may differ, of the norm of the result
@@ -59,6 +63,26 @@ class Runner(Protocol):
     def texts(self, lengths: Items[int], tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         """Whole texts, packed one after another, computed without leaving a trace. Returns hidden states
         [n, hidden size], at the last stage those after the final norm."""
+        ...
+
+    # keys and values that move from replica to replica
+
+    in_rows: bool  # whether they can be taken out token by token, those of several sequences together
+
+    def movable_tokens(self, sequence: Sequence, start: int, bytes_max: int) -> int:
+        """How many tokens of a sequence, from `start` on, can be taken out in so many bytes."""
+        ...
+
+    def take_out(self, pieces: Items[tuple[Sequence, Piece]]) -> dict[str, torch.Tensor]:
+        """Their keys and values, by the names that `Pieces` gives them. Nothing computed later changes them."""
+        ...
+
+    def check_pieces(self, pieces: Items[Piece], arrays: Mapping[str, Frame]) -> None:
+        """Raises InvalidEvent unless `arrays` are what `take_out` would give of such pieces."""
+        ...
+
+    def put_in(self, sequence: Sequence, piece: Piece, arrays: Mapping[str, torch.Tensor], at: int) -> None:
+        """A piece whose tokens begin at number `at` of all those that came. There is room for it."""
         ...
 
 
@@ -102,6 +126,7 @@ def _tell_slow(quantization: Quantization, packed: bool) -> None:
 
 class PackedRunner:
     packed = True
+    in_rows = True
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
@@ -147,6 +172,30 @@ class PackedRunner:
         with PackedPass([], lengths, None) as cache:
             return self.model.states(tokens, hidden, positions, cache)
 
+    def movable_tokens(self, sequence: Sequence, start: int, bytes_max: int) -> int:
+        return max(0, min(sequence.position - start, bytes_max // max(1, self.kv_bytes_per_token)))
+
+    def take_out(self, pieces: Items[tuple[Sequence, Piece]]) -> dict[str, torch.Tensor]:
+        assert self._pool is not None  # `allocate` comes first
+        return self._pool.read(np.concatenate([pool_rows(s.pages, piece.start, piece.end) for s, piece in pieces]))
+
+    def check_pieces(self, pieces: Items[Piece], arrays: Mapping[str, Frame]) -> None:
+        total, dtype = sum(piece.length for piece in pieces), SAFETENSORS_DTYPES[self.model.dtype]
+        wanted = {}
+        for block, shape in enumerate(self._probed.shapes):
+            wanted[f"keys.{block}"] = (total, shape.kv_heads, shape.key_size)
+            wanted[f"values.{block}"] = (total, shape.kv_heads, shape.value_size)
+        given = {name: frame.shape for name, frame in arrays.items() if frame.dtype == dtype}
+        if given != wanted or len(given) != len(arrays):
+            raise InvalidEvent(
+                f"keys and values of {len(self._probed.shapes)} blocks are needed, {dtype} "
+                f"{list(wanted['keys.0'])}; got {[(f.dtype, list(f.shape)) for f in arrays.values()][:2]} and so on"
+            )
+
+    def put_in(self, sequence: Sequence, piece: Piece, arrays: Mapping[str, torch.Tensor], at: int) -> None:
+        assert self._pool is not None  # `allocate` comes first
+        self._pool.write(pool_rows(sequence.pages, piece.start, piece.end), arrays, at)
+
     def _self_check(self) -> tuple[PackedPass, torch.Tensor]:
         """A pass over two short texts, and its result. Raises Unpackable."""
         tokens, hidden = _probe_input(self.model, sum(_PROBE))
@@ -177,9 +226,11 @@ class PackedRunner:
 
 class SequentialRunner:
     packed = False
+    in_rows = False
 
     def __init__(self, model: SpanModel) -> None:
         self.model = model
+        self._layers: Items[cache_layers.LayerShape | None] | None = None  # None: caches stay where they are
         self.kv_bytes_per_token = self._self_check()
 
     def allocate(self, pages: int) -> None:
@@ -207,6 +258,27 @@ class SequentialRunner:
             positions = torch.arange(len(part), device=self.model.device)
             results.append(self.model.states(part, piece, positions, DynamicCache(config=self.model.config)))
         return torch.cat(results)
+
+    def movable_tokens(self, sequence: Sequence, start: int, bytes_max: int) -> int:
+        """All of it or nothing: a layer with a window has no single tokens."""
+        if self._layers is None or start or sequence.cached != sequence.position:
+            return 0
+        size = sum(t.numel() * t.element_size() for t in cache_layers.take_out(sequence.cache).values())
+        return sequence.position if size <= bytes_max else 0
+
+    def take_out(self, pieces: Items[tuple[Sequence, Piece]]) -> dict[str, torch.Tensor]:
+        ((sequence, _),) = pieces  # one at a time
+        return cache_layers.take_out(sequence.cache)
+
+    def check_pieces(self, pieces: Items[Piece], arrays: Mapping[str, Frame]) -> None:
+        if self._layers is None or len(pieces) != 1 or pieces[0].start:
+            raise InvalidEvent("the caches of this architecture move whole, one at a time, or not at all")
+        cache_layers.check(self._layers, arrays, pieces[0].length)
+
+    def put_in(self, sequence: Sequence, piece: Piece, arrays: Mapping[str, torch.Tensor], at: int) -> None:
+        sequence.cache = DynamicCache(config=self.model.config)
+        cache_layers.put_in(sequence.cache, arrays, piece.length, self.model.device)
+        sequence.cached = piece.end
 
     def _one(self, sequence: Sequence, piece: Slice, tokens: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         if piece.start == 0:
@@ -241,6 +313,7 @@ class SequentialRunner:
                 f"blocks {self.model.span} of this architecture cannot run by themselves "
                 f"({type(error).__name__}: {error}); try other cuts, or 1 stage"
             ) from error
+        self._layers = cache_layers.layer_shapes(sequence.cache)
         held = {id(t): t for layer in sequence.cache.layers for t in vars(layer).values() if torch.is_tensor(t)}
         if len(sequence.cache.layers) < len(self.model.span) or not held:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Serves the stage function in this process, by uvicorn, until SIGTERM.
+"""Serves the stage function in this process, by uvicorn, until SIGTERM and until its sequences have left.
 
 The same as `functions-framework --asgi`, with four additions: a listening socket may be inherited (no race for a free
 port), no second process is started (it would import torch again), a checkpoint that cannot be loaded ends the process
@@ -22,6 +22,7 @@ import uvloop
 from functions_framework.aio import create_asgi_app
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from functions.contract.http_limits import limited_protocol
 from functions.contract.logs import configure_logs
 from functions.settings import SettingsError
 
@@ -44,6 +45,7 @@ def serve(fd: int | None = None) -> int:
         _EventsFirst(_main().handler, framework_app),
         host=host,
         port=port,
+        http=limited_protocol(_main().settings.http_limits),
         log_level="warning",
         access_log=False,
         timeout_keep_alive=3600,
@@ -78,8 +80,15 @@ class _EventsFirst:
 
 class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets sequences leave before the server closes its connections; a second one does not."""
+        again = _service().leaving
         _service().stop()
-        super().handle_exit(sig, frame)
+        if again or _service().left:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop serving."""
+        return (_service().leaving and _service().left) or await super().on_tick(counter)
 
 
 async def _serve(server: uvicorn.Server, inherited: list[socket.socket] | None) -> int:

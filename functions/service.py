@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -23,10 +25,13 @@ from functions.contract.checkpoint import CheckpointError, open_checkpoint
 from functions.contract.errors import InvalidEvent, NotReady, PlanMismatch, StageError, StageFailure
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
+from functions.contract.handover import Adopt, Adopted, Export, Pieces
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
-from functions.contract.messages import Samples, StageInfo, Step, decode_release
+from functions.contract.messages import Samples, StageInfo, Step, decode_sequences
 from functions.contract.scoring import RESULT, SCORE, SPENT_PATH
 from functions.cores import Cores
+from functions.handover import PIECES_BYTES_MAX, FetchFailed, adopt
+from functions.leases import Clock
 from functions.runner import load_runner
 from functions.score_events import Scorer
 from functions.settings import SettingsError, StageSettings
@@ -39,6 +44,8 @@ T = TypeVar("T")
 TAKEN_TYPES = (*events.REQUEST_TYPES, SCORE, RESULT)
 
 
+_LOOKS_PER_LEASE = 4  # for sequences whose lease is over
+_QUIET_S = 3.0  # so long after SIGTERM a stage waits for whoever holds sequences here; chains probe once a second
 _QUICK_S = 0.001
 _TOGETHER_TOKENS_MAX = 1024  # of several steps in one pass: more would make the short ones wait for the long
 
@@ -75,7 +82,7 @@ class _Quick:
 class StageService:
     """Answers all events of a stage. `failure` is set when loading has failed for good."""
 
-    def __init__(self, settings: StageSettings) -> None:
+    def __init__(self, settings: StageSettings, clock: Clock = time.monotonic) -> None:
         self.settings = settings
         self.failure: str | None = None
         self._stage: Stage | None = None
@@ -86,6 +93,10 @@ class StageService:
         self._waiting: deque[_Waiting] = deque()
         self._quick = _Quick(possible=not settings.cores_lock)  # in the event loop nobody may wait for other processes
         self._scorer = Scorer(settings, self._computed)
+        self._clock = clock
+        self._expiry: asyncio.Task[None] | None = None  # while sequences are held
+        self._leaving_s: float | None = None  # when the process was told to end
+        self._probed_s = -math.inf
 
     def start(self) -> None:
         """Begins to load, once. Not done when built: a server may fork after that, and threads stay behind."""
@@ -94,13 +105,34 @@ class StageService:
             threading.Thread(target=self._load, args=(self._loading,), name="load", daemon=True).start()
 
     def stop(self) -> None:
-        """The process is about to end: whoever waits for the weights is told so."""
+        """The process is about to end: whoever waits for the weights is told so. Called by a signal's handler."""
+        if self._leaving_s is None:
+            self._leaving_s = self._clock()
         if self._loading is not None:
             _settle(self._loading, NotReady("the stage is shutting down"))
 
     @property
     def ready(self) -> bool:
         return self._stage is not None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the process was told to end. It still answers, so that its sequences can go elsewhere."""
+        return self._leaving_s is not None
+
+    @property
+    def left(self) -> bool:
+        """Whether the process that was told to end may do so: no sequence is held, nobody cares for those that are, or
+        the time for that is over."""
+        if self._stage is None or self._leaving_s is None or not len(self._stage.kv):
+            return True
+        now_s = self._clock()
+        quiet_s = min(now_s - max(self._leaving_s, self._probed_s), self._stage.leases.quiet_s)
+        return (self._compute.idle and quiet_s >= _QUIET_S) or now_s - self._leaving_s >= self.settings.grace_s
+
+    def probed(self) -> None:
+        """A chain looks whether this replica drains, so it holds something here."""
+        self._probed_s = self._clock()
 
     async def answer(
         self, event: Event, replica: str, path: str = "/", gone: Callable[[], bool] = lambda: False
@@ -118,6 +150,12 @@ class StageService:
             return await self._step(event, replica, gone)
         if event.type == events.RELEASE:
             return self._reply(event, events.RELEASED, await self._release(event), replica)
+        if event.type == events.RENEW:
+            return self._reply(event, events.RENEWED, self._renew(event), replica)
+        if event.type == events.EXPORT:
+            return await self._export(event, replica)
+        if event.type == events.ADOPT:
+            return self._reply(event, events.ADOPTED, await self._adopt(event, replica), replica)
         raise InvalidEvent(f"unknown event type {event.type!r}; this stage takes {', '.join(TAKEN_TYPES)}")
 
     def _check_address(self, event: Event) -> None:
@@ -150,6 +188,7 @@ class StageService:
             kv_bytes_used=stage.kv.bytes_used,
             weight_bytes=stage.model.weight_bytes,
             sequences=len(stage.kv),
+            kv_lease_s=stage.leases.lease_s,
         )
         return json.dumps(dataclasses.asdict(info)).encode()
 
@@ -159,6 +198,7 @@ class StageService:
             raise InvalidEvent(f"the data of a step is {events.TENSORS}, got {event.content_type!r}")
         waiting = _Waiting(Step.from_body(event.data), time.perf_counter(), gone)
         self._waiting.append(waiting)
+        self._watch_leases(stage)
         try:
             if self._compute.idle and self._quick.takes(waiting.step):
                 answer = self._compute_waiting(stage, waiting)
@@ -246,7 +286,7 @@ class StageService:
         return None
 
     async def _release(self, event: Event) -> bytes:
-        sequences = decode_release(event.data)
+        sequences = decode_sequences(event.data)
         stage = self._stage
         if stage is None:  # still loading: nothing is held
             return b'{"released": []}'
@@ -257,6 +297,72 @@ class StageService:
             return released
 
         return json.dumps({"released": await self._in_turn(release)}).encode()
+
+    def _renew(self, event: Event) -> bytes:
+        """At once, not in turn: a long computation must not let sequences expire whose renewal has come."""
+        sequences = decode_sequences(event.data)
+        unknown = list(sequences) if self._stage is None else self._stage.leases.renew(sequences)
+        return json.dumps({"unknown": unknown}).encode()
+
+    def _watch_leases(self, stage: Stage) -> None:
+        """From now on, until no sequence is held."""
+        if stage.leases.lease_s and (self._expiry is None or self._expiry.done()):
+            self._expiry = asyncio.create_task(self._expire(stage))
+
+    async def _expire(self, stage: Stage) -> None:
+        def expire() -> bool:
+            for waiting in list(self._waiting):  # they have come in time
+                stage.leases.renew(piece.sequence for piece in waiting.step.slices)
+            if expired := stage.expire():
+                metrics.SEQUENCES_EXPIRED.inc(len(expired))
+                log.warning("sequences_expired", count=len(expired), lease_s=stage.leases.lease_s)
+                self._show_kv(stage)
+            return len(stage.kv) > 0
+
+        held = True
+        while held or self._waiting:
+            await asyncio.sleep(stage.leases.lease_s / _LOOKS_PER_LEASE)
+            held = await self._in_turn(expire)
+
+    async def _export(self, event: Event, replica: str) -> Event:
+        asked = Export.from_body(event.data)
+        stage = await self._when_loaded()
+        bounded = dataclasses.replace(asked, bytes_max=min(asked.bytes_max, self.settings.body_bytes_max))
+        pieces = await self._in_turn(stage.export, bounded)
+        metrics.handed_over("out", len(pieces.openings), pieces.kv_bytes)
+        data, *rest = pieces.to_body()
+        return self._reply(event, events.EXPORTED, data, replica, events.TENSORS, rest=rest)
+
+    async def _adopt(self, event: Event, replica: str) -> bytes:
+        asked = Adopt.from_body(event.data)
+        stage = await self._when_loaded()
+        numbers = itertools.count(1)
+
+        def export_event(data: bytes) -> Event:
+            to = {name: event.extensions[name] for name in ("plan", "stage")}
+            return Event(events.EXPORT, self._source(replica), f"{event.id}.{next(numbers)}", events.JSON, data, to)
+
+        def held(sequence: int) -> int:
+            return stage.kv.position(sequence) if stage.runner.in_rows else 0
+
+        fetched_bytes = 0
+
+        async def install(pieces: Pieces) -> None:
+            nonlocal fetched_bytes
+            try:
+                await self._in_turn(stage.install, pieces)
+            finally:
+                self._show_kv(stage)
+                self._watch_leases(stage)
+            fetched_bytes += pieces.kv_bytes
+            metrics.handed_over("in", len(pieces.openings), pieces.kv_bytes)
+
+        try:
+            await adopt(asked, held, install, export_event, min(PIECES_BYTES_MAX, self.settings.body_bytes_max))
+        except (StageError, FetchFailed) as error:  # the chain sends again what is missing
+            log.warning("adoption_failed", source=asked.source, error=str(error), fetched_bytes=fetched_bytes)
+        positions = {sequence: stage.kv.position(sequence) for sequence in asked.sequences}
+        return Adopted(positions, fetched_bytes).to_body()
 
     async def _in_turn(self, work: Callable[..., T], *args: object) -> T:
         return await self._compute.run(work, *args)
@@ -272,7 +378,7 @@ class StageService:
     def _load(self, loading: Future[Stage]) -> None:
         started_s = time.perf_counter()
         try:
-            stage = _load_stage(self.settings)
+            stage = _load_stage(self.settings, self._clock)
             seconds = time.perf_counter() - started_s
             metrics.LOAD_SECONDS.set(seconds)
             self._show_kv(stage)
@@ -304,8 +410,11 @@ class StageService:
         extra: Mapping[str, str] | None = None,
         rest: Sequence[Buffer] = (),
     ) -> Event:
-        source = f"/stagecraft/{self.settings.model_name}/stages/{self.settings.index}/{replica}"
-        return Event(kind, source, f"{event.id}.reply", content_type, data, {"replica": replica, **(extra or {})}, rest)
+        extensions = {"replica": replica, **(extra or {})}
+        return Event(kind, self._source(replica), f"{event.id}.reply", content_type, data, extensions, rest)
+
+    def _source(self, replica: str) -> str:
+        return f"/stagecraft/{self.settings.model_name}/stages/{self.settings.index}/{replica}"
 
 
 def _explained(outcome: Outcome, step: Step) -> Outcome:
@@ -335,7 +444,7 @@ def _settle(loading: Future[Stage], outcome: Stage | Exception) -> None:
             loading.set_result(outcome)
 
 
-def _load_stage(settings: StageSettings) -> Stage:
+def _load_stage(settings: StageSettings, clock: Clock) -> Stage:
     """Raises CheckpointError and SettingsError."""
     if (threads := settings.torch_threads()) != torch.get_num_threads():
         torch.set_num_threads(threads)
@@ -345,4 +454,4 @@ def _load_stage(settings: StageSettings) -> Stage:
     checkpoint = open_checkpoint(location)
     dtype = settings.torch_dtype(checkpoint, device)
     runner = load_runner(checkpoint, settings.blocks, dtype, device, settings.quantize)
-    return Stage(runner, settings.kv_budget_bytes(device))
+    return Stage(runner, settings.kv_budget_bytes(device), settings.kv_lease_s, clock)

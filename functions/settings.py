@@ -14,8 +14,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from functions.cgroup import CGROUP_ROOT, cpu_limit, memory_available_bytes
 from functions.claims import Claims
 from functions.contract.checkpoint import Checkpoint
+from functions.contract.http_limits import HttpLimits
 from functions.contract.location import default_wait_s
+from functions.contract.seals import CLOCK_SKEW_S, Seals
 from functions.contract.spans import BlockSpan
+from functions.contract.watched_file import FileError
 from functions.quantize import Quantization
 
 _CPU_KV_BYTES_MAX = 4 << 30
@@ -48,6 +51,10 @@ class StageSettings(BaseSettings):
     kv_share: float = Field(
         1.0, gt=0, le=1, description="this stage's part of that share, when others share the device"
     )
+    kv_lease_s: float = Field(
+        60, ge=0, description="seconds without a step or a renewal after which a sequence is freed; 0: never"
+    )
+    grace_s: float = Field(25, ge=0, description="seconds after SIGTERM in which sequences may go to other replicas")
     body_bytes_max: int = Field(1 << 30, gt=0, description="largest event taken, in bytes")
     score_tokens_max: int = Field(16_384, gt=0, description="most tokens of one score event")
     claims: str = Field("", description="folder or URL for data too large for a broker; all stages have the same")
@@ -56,6 +63,21 @@ class StageSettings(BaseSettings):
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0: its default, at most the CPU limit")
     cores_lock: str = Field(
         "", description="file that stages on the same cores share; one that computes holds a lock on it"
+    )
+    connections_max: int = Field(HttpLimits.connections_max, gt=0, description="open at once; further ones get 503")
+    header_bytes_max: int = Field(HttpLimits.header_bytes_max, gt=0, description="of a request; more get 431")
+    headers_max: int = Field(HttpLimits.headers_max, gt=0, description="of a request; more get 431")
+    receive_timeout_s: float = Field(
+        HttpLimits.receive_timeout_s, gt=0, description="seconds for an event to come, headers and body; then 408"
+    )
+    signing_key_file: Path | None = Field(
+        None, description="file of keys; only events signed with one of them are taken"
+    )
+    clock_skew_s: float = Field(
+        CLOCK_SKEW_S, gt=0, description="a signed event may be so old, or from the future; as long it is taken once"
+    )
+    unsigned_scores: Literal["refuse", "allow"] = Field(
+        "refuse", description="whether a stage with keys takes score events, which brokers bring unsigned"
     )
     replica: str = Field("", description="HOST:PORT that reaches this replica; found out if not set")
 
@@ -70,12 +92,23 @@ class StageSettings(BaseSettings):
             raise ValueError(f"STAGE_INDEX {self.index} must be below STAGE_COUNT {self.count}")
         return self
 
+    @property
+    def http_limits(self) -> HttpLimits:
+        return HttpLimits(self.connections_max, self.header_bytes_max, self.headers_max, self.receive_timeout_s)
+
     def open_claims(self) -> Claims | None:
         """None without STAGE_CLAIMS. Raises SettingsError for a URL that cannot be opened."""
         try:
             return Claims(self.claims) if self.claims else None
         except (ValueError, ImportError) as error:
             raise SettingsError(f"STAGE_CLAIMS is {self.claims!r}, which cannot be opened: {error}") from None
+
+    def open_seals(self) -> Seals:
+        """Raises SettingsError for a file that holds no keys."""
+        try:
+            return Seals.open(self.signing_key_file, self.clock_skew_s)
+        except FileError as error:
+            raise SettingsError(f"STAGE_SIGNING_KEY_FILE: {error}") from None
 
     def torch_device(self) -> torch.device:
         """Raises SettingsError for a GPU that is not there."""

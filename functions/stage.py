@@ -1,12 +1,14 @@
 """One stage at work: steps in, hidden states or samples out, caches kept straight.
 
-Pure in the sense that it knows no HTTP and no clock; one thread at a time may call it. Steps that wait at the same time
-are computed in one pass. A step is all or nothing: it is checked before anything changes, and if the computation fails,
-no sequence has moved past where the step starts.
+Pure in the sense that it knows no HTTP, and no clock but the one it is given; one thread at a time may call it. Steps
+that wait at the same time are computed in one pass. A step is all or nothing: it is checked before anything changes,
+and if the computation fails, no sequence has moved past where the step starts.
 """
 
 from __future__ import annotations
 
+import hmac
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -15,14 +17,18 @@ import torch
 
 from functions.contract.errors import InvalidEvent, PromptTooLong, StageError, WrongPosition
 from functions.contract.frames import Frame
+from functions.contract.handover import Export, Piece, Pieces
 from functions.contract.messages import Int32Array, Samples, Slice, Step
 from functions.kv_cache import KvStore, Sequence
+from functions.leases import Clock, Leases
 from functions.runner import Runner
 from functions.sampling import Draw, choose
 from functions.span_model import SpanModel
 from functions.weights import SAFETENSORS_DTYPES, TORCH_DTYPES
 
 Outcome = Step | Samples | Exception
+
+_PIECES_MAX = 128  # of one answer to an export: their openings share its header
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +41,10 @@ class _Accepted:
 
 
 class Stage:
-    def __init__(self, runner: Runner, kv_bytes_max: int) -> None:
+    def __init__(self, runner: Runner, kv_bytes_max: int, lease_s: float = 0.0, clock: Clock = time.monotonic) -> None:
         self.model = runner.model
         self.kv = KvStore(runner.kv_bytes_per_token, kv_bytes_max)
+        self.leases = Leases(lease_s, clock)
         self.runner = runner
         runner.allocate(self.kv.pages_max)
 
@@ -64,14 +71,64 @@ class Stage:
                 outcomes[index] = error
         if accepted:
             outcomes |= self._computed(accepted)
+            self.leases.touch([sequence.id for one in accepted for sequence in one.sequences])
         return [outcomes[index] for index in range(len(steps))]
 
     def release(self, sequences: Items[int]) -> list[int]:
         """Frees their caches; with the last one, the memory of all pages. Returns those that were known."""
         released = self.kv.release(sequences)
+        self.leases.forget(released)
         if released and not len(self.kv):
             self.runner.forget()
         return released
+
+    def expire(self) -> list[int]:
+        """Frees what nobody has touched for the time of a lease, and returns it."""
+        return self.release(self.leases.expired())
+
+    def export(self, asked: Export) -> Pieces:
+        """Keys and values of what was asked for, in its order, as much as fits; nothing of sequences that are unknown,
+        were opened with another key, or cannot be moved."""
+        pieces: list[tuple[Sequence, Piece]] = []
+        room = asked.bytes_max
+        for identity, start in asked.starts.items():
+            sequence = self.kv.get(identity)
+            if sequence is None or not hmac.compare_digest(sequence.opening.key, asked.key):
+                continue
+            if (length := self.runner.movable_tokens(sequence, start, room)) == 0:
+                continue
+            pieces.append((sequence, Piece(identity, start, length, sequence.position)))
+            room -= length * self.kv.bytes_per_token
+            if not self.runner.in_rows or start + length < sequence.position or len(pieces) == _PIECES_MAX:
+                break
+        if not pieces:
+            return Pieces((), np.empty(0, dtype=np.int32), {}, {})
+        self.leases.touch([sequence.id for sequence, _ in pieces])
+        tokens = [token for sequence, piece in pieces for token in sequence.tokens[piece.start : piece.end]]
+        return Pieces(
+            tuple(piece for _, piece in pieces),
+            np.array(tokens, dtype=np.int32),
+            {piece.sequence: sequence.opening for sequence, piece in pieces if piece.start == 0},
+            {name: frame_of(tensor) for name, tensor in self.runner.take_out(pieces).items()},
+        )
+
+    def install(self, given: Pieces) -> None:
+        """Takes over what another replica of this stage has computed. A sequence that has got as far by itself is left
+        as it is. Raises InvalidEvent, WrongPosition and KvExhausted; the pieces before have been taken over then."""
+        check_tokens(self.model, given.tokens)
+        self.runner.check_pieces(given.pieces, given.arrays)
+        arrays = {name: tensor_of(frame) for name, frame in given.arrays.items()}
+        at = 0
+        for piece in given.pieces:
+            if self.kv.position(piece.sequence) < piece.end:
+                step = Slice(piece.sequence, piece.start, piece.length)
+                self._check_positions((step,))
+                (sequence,) = self.kv.reserve((step,), dict(given.openings))
+                self.runner.put_in(sequence, piece, arrays, at)
+                sequence.tokens.extend(given.tokens[at : at + piece.length].tolist())
+                sequence.position = piece.end
+                self.leases.touch((piece.sequence,))
+            at += piece.length
 
     def _computed(self, accepted: Items[_Accepted]) -> dict[int, Outcome]:
         try:
@@ -105,17 +162,18 @@ class Stage:
 
     def _check(self, step: Step) -> None:
         check_input(self.model, step.tokens, step.hidden)
-        for piece in step.slices:
+        self._check_positions(step.slices)
+
+    def _check_positions(self, slices: Items[Slice]) -> None:
+        """Raises PromptTooLong and WrongPosition."""
+        for piece in slices:
             if piece.end > self.model.max_positions:
                 raise PromptTooLong(
                     f"sequence {piece.sequence} would reach {piece.end} tokens; the model takes at most "
                     f"{self.model.max_positions}"
                 )
-        self._check_positions(step)
-
-    def _check_positions(self, step: Step) -> None:
-        have = {piece.sequence: self.kv.position(piece.sequence) for piece in step.slices}
-        gaps = [piece for piece in step.slices if piece.start > have[piece.sequence]]
+        have = {piece.sequence: self.kv.position(piece.sequence) for piece in slices}
+        gaps = [piece for piece in slices if piece.start > have[piece.sequence]]
         if gaps:
             first = gaps[0]
             raise WrongPosition(
@@ -142,8 +200,7 @@ class Stage:
 
 def check_input(model: SpanModel, tokens: Int32Array, hidden: Frame | None) -> None:
     """Raises InvalidEvent for what the blocks of `model` cannot be given."""
-    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < model.vocab_size):
-        raise InvalidEvent(f"token ids must be in 0..{model.vocab_size - 1}")
+    check_tokens(model, tokens)
     if model.ends.first:
         if hidden is not None:
             raise InvalidEvent("the first stage takes tokens only, the event brings hidden states")
@@ -155,6 +212,12 @@ def check_input(model: SpanModel, tokens: Int32Array, hidden: Frame | None) -> N
         raise InvalidEvent(f"hidden must be {dtype} [n, {model.hidden_size}], got {hidden.dtype} {list(hidden.shape)}")
 
 
+def check_tokens(model: SpanModel, tokens: Int32Array) -> None:
+    """Raises InvalidEvent."""
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < model.vocab_size):
+        raise InvalidEvent(f"token ids must be in 0..{model.vocab_size - 1}")
+
+
 def token_tensor(tokens: Int32Array, device: torch.device) -> torch.Tensor:
     """int64 [n]."""
     return torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -162,8 +225,12 @@ def token_tensor(tokens: Int32Array, device: torch.device) -> torch.Tensor:
 
 def hidden_tensor(hidden: Frame, device: torch.device) -> torch.Tensor:
     """The frame's bytes without a copy, on a CPU."""
-    flat = torch.frombuffer(hidden.data, dtype=TORCH_DTYPES[hidden.dtype])
-    return flat.view(hidden.shape).to(device)
+    return tensor_of(hidden).to(device)
+
+
+def tensor_of(frame: Frame) -> torch.Tensor:
+    """The frame's bytes without a copy."""
+    return torch.frombuffer(frame.data, dtype=TORCH_DTYPES[frame.dtype]).view(frame.shape)
 
 
 def frame_of(hidden: torch.Tensor) -> Frame:

@@ -30,9 +30,11 @@ import structlog
 
 from functions.contract.errors import KvExhausted, StageError, WrongPosition
 from functions.contract.messages import KV_PAGE_TOKENS, SEQUENCE_ID_BOUND, StageInfo
+from functions.contract.seals import Seals
 from orchestrator import chain_metrics as metrics
 from orchestrator import lanes
 from orchestrator.chain_settings import ChainSettings as ChainSettings  # part of this module's surface
+from orchestrator.deadlines import Deadlines
 from orchestrator.generation import (
     GenerationError,
     GenerationRequest,
@@ -41,11 +43,14 @@ from orchestrator.generation import (
     past_deadline,
     shutting_down,
 )
+from orchestrator.handover import Handover
 from orchestrator.hops import Hops
+from orchestrator.journal import Journal
 from orchestrator.pace import Pace, retry_after_s
 from orchestrator.running import Job, Lane
 from orchestrator.stage_client import StageUnreachable
 from orchestrator.stage_pool import StagePool
+from orchestrator.step_times import StepTimes
 from orchestrator.window import Flight, Window
 
 log = structlog.get_logger()
@@ -57,11 +62,22 @@ _CLEARLY = 2.0  # so many times more than there is: an estimate is only one
 class Chain:
     """Implements `orchestrator.generation.Generator` over stages that run elsewhere."""
 
-    def __init__(self, plan_digest: str, stage_urls: Sequence[str], settings: ChainSettings | None = None) -> None:
+    def __init__(
+        self,
+        plan_digest: str,
+        stage_urls: Sequence[str],
+        settings: ChainSettings | None = None,
+        seals: Seals | None = None,
+        step_times: Sequence[StepTimes] = (),
+    ) -> None:
+        """`step_times`: of each stage, as far as they were measured before."""
         self._pool = StagePool(
-            plan_digest, stage_urls, settings or ChainSettings(), in_use=self._replicas, changed=self._fill_lanes
-        )
-        self._hops = Hops(self._pool)
+            plan_digest, stage_urls, settings or ChainSettings(), seals or Seals(), in_use=self._replicas,
+            held=self._held, changed=self._fill_lanes,
+        )  # fmt: skip
+        journal = Journal(len(self._pool), self.settings.journal_bytes_max)
+        self._hops = Hops(self._pool, journal, Deadlines(len(self._pool), step_times))
+        self._handover = Handover(self._pool, self._hops.settle, self._start)
         self._lanes: list[Lane] = []
         self._waiting: dict[Priority, deque[Job]] = {priority: deque() for priority in get_args(Priority)}
         self._interactive = 0  # sequences, waiting and running
@@ -116,6 +132,7 @@ class Chain:
             line.clear()
         for lane in self._lanes:
             self._pool.spawn(self._pool.release(list(lane.jobs), lane.caches))
+            self._hops.forget(list(lane.jobs))
             metrics.RUNNING.labels(lane.name).set(0)
         self._lanes.clear()
         await self._pool.close(_CLOSE_TIMEOUT_S)
@@ -255,6 +272,7 @@ class Chain:
                 return False
             job = line.popleft()
             self._pool.kv.promise(lane.home, job.kv_tokens)
+            job.sequence.key = lane.key
             lane.jobs[job.sequence.id] = job
             job.news = lane.news
             lane.news.set()
@@ -264,7 +282,11 @@ class Chain:
         now_s = _now_s()
         share = self._share_of(job, now_s)
         states = [
-            lanes.LaneState(len(lane.jobs), now_s - lane.opened_s, self._pool.kv.fits(lane.home, job.kv_tokens, share))
+            lanes.LaneState(
+                len(lane.jobs),
+                now_s - lane.opened_s,
+                self._pool.kv.fits(lane.home, job.kv_tokens, share) and not self._handover.avoids(lane),
+            )
             for lane in self._lanes
         ]
         rule = self._rule(share)
@@ -356,7 +378,7 @@ class Chain:
 
     def _send(self, lane: Lane) -> bool:
         """Sends the lane's next step on its way, if there is one to be sent now. True if anything has changed."""
-        if not lane.window.takes_more or not self._avoid_draining(lane) or (lane.suspects and lane.window):
+        if not lane.window.takes_more or not self._handover.lane_may_go(lane) or (lane.suspects and lane.window):
             return False
         awake = lane.suspects[:1] or [job for job in lane.jobs.values() if not job.paused]
         going = [job for job in awake if not job.sequence.cancelled]
@@ -371,16 +393,6 @@ class Chain:
         if flight is not None:
             self._start(self._fly(lane, flight))
         return flight is not None
-
-    def _avoid_draining(self, lane: Lane) -> bool:
-        """Between two steps, so that none begins at one replica and ends at another. False until those on their way
-        have ended."""
-        draining = [stage for stage, url in enumerate(lane.route) if url in self._pool.draining]
-        if draining and lane.window:
-            return False
-        for stage in draining:
-            lane.route[stage] = None
-        return True
 
     async def _fly(self, lane: Lane, flight: Flight) -> None:
         """Takes a step through the stages. Whatever comes of it is left in the flight, for the lane to find."""
@@ -448,7 +460,7 @@ class Chain:
         late = _now_s() - lane.progress_s >= self.settings.wake_timeout_s
         tired = [job for job in jobs if late or job.sequence.failures >= self.settings.attempts]
         _fail(tired, _given_up(error))
-        if not isinstance(error, WrongPosition):
+        if not isinstance(error, WrongPosition) and not all(job.sequence.cancelled for job in jobs):
             await asyncio.sleep(self.settings.backoff_s * 2 ** min(worst - 1, 6))
 
     async def _make_room(self, lane: Lane, jobs: list[Job], error: KvExhausted) -> None:
@@ -477,6 +489,7 @@ class Chain:
         """Frees the KV of sequences that have left the lane. Memory counts as free only once the stages have freed it:
         others would find them full."""
         ids, tokens, caches = [job.sequence.id for job in jobs], sum(job.kv_tokens for job in jobs), lane.caches
+        self._hops.forget(ids)
 
         async def release() -> None:
             try:
@@ -489,6 +502,15 @@ class Chain:
 
     def _replicas(self) -> set[str]:
         return {url for lane in self._lanes for url in lane.route if url is not None}
+
+    def _held(self) -> dict[tuple[int, str], list[int]]:
+        """The sequences at each stage's replicas."""
+        held: dict[tuple[int, str], list[int]] = {}
+        for lane in self._lanes:
+            for stage, url in enumerate(lane.home):
+                if url is not None and lane.jobs:
+                    held.setdefault((stage, url), []).extend(lane.jobs)
+        return held
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

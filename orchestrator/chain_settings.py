@@ -17,7 +17,9 @@ class ChainSettings:
     batch_share: float = 0.75  # of KV memory, and of bounded lanes, that batches may fill up beside interactive load
     batch_alone_after_s: float = 5.0  # without interactive load for so long, batches may use all
     wake_timeout_s: float = 600.0
-    step_timeout_s: float = 120.0
+    step_timeout_s: float = 120.0  # for one step, as long as nothing is known of how long steps take
+    hang_floor_s: float = 2.0  # the least time that a replica gets for a step, see orchestrator/deadlines.py
+    journal_bytes_max: int = 512 << 20  # of steps kept for stages that lose what they hold; 0: none
     release_timeout_s: float = 10.0
     attempts: int = 8  # steps in a row without progress before a sequence fails
     backoff_s: float = 0.1  # doubled with each attempt

@@ -11,7 +11,7 @@ that was too much it says so (KvExhausted), and `full` lets nobody in until some
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 Homes = Sequence[str | None]  # replica per stage, None: not known yet
 
@@ -46,6 +46,13 @@ class KvLedger:
 
     def known(self, stage: int, replica: str) -> bool:
         return replica in self._budgets[stage]
+
+    def another(self, stage: int, tokens: int, others: Collection[str]) -> str | None:
+        """A replica in use, none of `others`, that has room for so many tokens; None if there is none."""
+        for replica in self._promised[stage]:
+            if replica is not None and replica not in others and self._fits(stage, replica, tokens, 1.0):
+                return replica
+        return None
 
     def promised(self, stage: int, replica: str | None) -> int:
         return self._promised[stage].get(replica, 0)

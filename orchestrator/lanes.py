@@ -35,6 +35,7 @@ class Sequence:
     in_flight: int = 0  # steps on their way that it takes part in
     failures: int = 0  # steps in a row without progress
     cancelled: bool = False
+    key: str = field(default="", repr=False)  # of its lane
 
     def __post_init__(self) -> None:
         self.history = list(self.request.prompt)
@@ -42,6 +43,10 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.history) - len(self.request.prompt)
+
+    @property
+    def opening(self) -> Opening:
+        return Opening(self.request.params, len(self.request.prompt), self.key)
 
     @property
     def pending(self) -> int:
@@ -107,7 +112,7 @@ def next_step(
         tokens += sequence.history[start : start + length]
         chosen.append(sequence)
         if start == 0:
-            openings[sequence.id] = Opening(sequence.request.params, len(sequence.request.prompt))
+            openings[sequence.id] = sequence.opening
     return Step(tuple(slices), np.array(tokens, dtype=np.int32), None, openings), chosen
 
 

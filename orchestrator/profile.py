@@ -29,7 +29,7 @@ import psutil
 
 from functions.contract.errors import StageError
 from functions.contract.frames import Frame
-from functions.contract.messages import KV_PAGE_TOKENS, Opening, Slice, StageInfo, Step, encode_release
+from functions.contract.messages import KV_PAGE_TOKENS, Opening, Slice, StageInfo, Step, encode_sequences
 from functions.contract.sampling import SamplingParams
 from orchestrator.cost import StageProfile, Timings
 from orchestrator.plan import Plan
@@ -172,7 +172,7 @@ class _Bench:
         )
 
     async def _release(self, sequences: range) -> None:
-        await self._client.release(encode_release(sequences), None, STEP_TIMEOUT_S)
+        await self._client.release(encode_sequences(sequences), None, STEP_TIMEOUT_S)
 
 
 def hidden_frame(values: np.ndarray[tuple[int, int], np.dtype[np.float32]], dtype: str) -> Frame:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Literal
 
 import aiohttp
 import structlog
@@ -19,12 +20,15 @@ _PROBE = {"K-Network-Probe": "queue", "User-Agent": "Knative-Activator-Probe"}
 _DRAINING = "shutting down"
 _TIMEOUT_S = 2.0
 
+State = Literal["serves", "drains", "gone"]
+
 
 class ReplicaWatch:
-    """`draining` holds the replicas in use (http://HOST:PORT/) that drain or are gone."""
+    """`draining` holds the replicas in use (http://HOST:PORT/) that drain or are gone, `gone` the latter alone."""
 
     def __init__(self, session: aiohttp.ClientSession, every_s: float, in_use: Callable[[], set[str]]) -> None:
         self.draining: set[str] = set()
+        self.gone: set[str] = set()
         self._session = session
         self._every_s = every_s
         self._in_use = in_use
@@ -45,20 +49,21 @@ class ReplicaWatch:
             await asyncio.sleep(self._every_s)
             urls = sorted(self._in_use())
             if not urls:
-                self.draining.clear()
+                self.draining, self.gone = set(), set()
                 return
-            answers = await asyncio.gather(*(self._drains(url) for url in urls))
-            draining = {url for url, drains in zip(urls, answers, strict=True) if drains}
+            answers = dict(zip(urls, await asyncio.gather(*(self._look(url) for url in urls)), strict=True))
+            draining = {url for url, state in answers.items() if state != "serves"}
             for url in draining - self.draining:
                 log.info("replica_draining", replica=url)
-            self.draining = draining
+            self.draining, self.gone = draining, {url for url, state in answers.items() if state == "gone"}
 
-    async def _drains(self, url: str) -> bool:
+    async def _look(self, url: str) -> State:
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         try:
             async with self._session.get(f"{url}healthz", headers=_PROBE, timeout=timeout) as response:
-                return response.status == 503 and _DRAINING in await response.text()
+                drains = response.status == 503 and _DRAINING in await response.text()
+                return "drains" if drains else "serves"
         except aiohttp.ClientConnectorError:
-            return True  # nobody listens there
+            return "gone"  # nobody listens there
         except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
-            return False  # busy, or cut off: the next step finds out
+            return "serves"  # busy, or cut off: the next step finds out

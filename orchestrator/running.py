@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from dataclasses import dataclass, field
 
 from orchestrator import lanes
@@ -52,6 +53,9 @@ class Lane:
     news: asyncio.Event = field(default_factory=asyncio.Event)  # more may be sent, or has come back
     jobs: dict[int, Job] = field(default_factory=dict)  # by sequence, in the order in which they came
     suspects: list[Job] = field(default_factory=list)  # one of them broke a step: they go on one at a time
+    # what its sequences are opened with, and without which no replica hands them over
+    key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    moves: dict[int, Move] = field(default_factory=dict)  # by stage, off replicas that drain
 
     @property
     def name(self) -> str:
@@ -64,6 +68,15 @@ class Lane:
     @property
     def caches(self) -> Caches:
         return Caches(tuple(self.home), tuple(self.asked))
+
+
+@dataclass(eq=False, slots=True)
+class Move:
+    """Off the replica at the URL `old`, to `new` (HOST:PORT) once that is known."""
+
+    old: str
+    new: str | None = None
+    under_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)

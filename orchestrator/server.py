@@ -24,9 +24,13 @@ import structlog
 import uvloop
 
 from functions.contract.checkpoint import CheckpointError
+from functions.contract.http_limits import limited_protocol
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.logs import configure_logs
+from functions.contract.seals import Seals
+from functions.contract.watched_file import FileError, WatchedFile
 from knative.eventing.store_errors import StoreError
+from orchestrator.api_keys import ApiKeyGuard, ApiKeys, parse_api_keys
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
 from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
@@ -68,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         location = checkpoint_location(settings.model)
         wait_for_checkpoint(location, settings.model_wait_s)
         tokenizer = load_tokenizer(location)
+        seals = _open_seals(settings)
         # after the settings, so that a misspelt one is told at once
         from orchestrator.chain import Chain
 
-        chain = Chain(settings.plan, settings.stage_urls, _chain_settings(settings))
+        chain = Chain(settings.plan, settings.stage_urls, _chain_settings(settings), seals, settings.step_times)
         service = Service(
             chain,
             tokenizer,
@@ -103,6 +108,7 @@ def serve(
     have most of `grace_s`; then `stop` is to end those that are left with an error, for which there is the rest of it.
     `close` runs at the end."""
     events = _events_door(service, settings)
+    keys = _open_api_keys(settings)
     try:
         check_ports(settings)
     except PortTaken as error:
@@ -117,8 +123,18 @@ def serve(
         from orchestrator.kserve_model import StagedModel
         from orchestrator.kserve_parts import FixedModels, StagedDataPlane
 
-    kserve.model_server.GRPCServer = bound_to(settings.host, settings.body_bytes_max, settings.request_timeout_s)
-    prepare_app(app, service, events, body_bytes_max=settings.body_bytes_max, timeout_s=settings.request_timeout_s)
+    kserve.model_server.GRPCServer = bound_to(settings.host, settings.body_bytes_max, settings.request_timeout_s, keys)
+    open_paths = frozenset([events.route.path] if events and settings.events_without_key == "allow" else [])
+    prepare_app(
+        app,
+        service,
+        events,
+        body_bytes_max=settings.body_bytes_max,
+        json_depth_max=settings.json_depth_max,
+        timeout_s=settings.request_timeout_s,
+        keys=keys,
+        open_paths=open_paths,
+    )
     # the events' queue before the chain, whose start may take long; the other way round at the end
     starts = [hook for hook in (events and events.start, start) if hook]
     closes = [hook for hook in (events and events.close, service.close, close) if hook]
@@ -126,8 +142,9 @@ def serve(
 
     class Server(kserve.ModelServer):  # type: ignore[misc]  # kserve has no types
         async def _serve(self) -> None:
-            # KServe has no argument for the address
+            # KServe has no arguments for the address and for limits
             self._rest_server.config.host = settings.host
+            self._rest_server.config.http = limited_protocol(settings.http_limits)
             self._tell_of_exit(self._rest_server._server, asyncio.get_running_loop())
             await super()._serve()
 
@@ -175,9 +192,18 @@ def serve(
 
 
 def prepare_app(
-    app: FastAPI, service: Service, events: EventsDoor | None, *, body_bytes_max: int, timeout_s: float
+    app: FastAPI,
+    service: Service,
+    events: EventsDoor | None,
+    *,
+    body_bytes_max: int,
+    json_depth_max: int,
+    timeout_s: float,
+    keys: WatchedFile[ApiKeys] | None = None,
+    open_paths: frozenset[str] = frozenset(),
 ) -> None:
-    """Adds our routes, errors and limits to KServe's application, which adds its own routes after them."""
+    """Adds our routes, errors and limits to KServe's application, which adds its own routes after them. With `keys`,
+    all but `open_paths`, health and metrics need one."""
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse
@@ -210,7 +236,9 @@ def prepare_app(
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_middleware(TermsReader, timeout_s=timeout_s)
-    app.add_middleware(HttpGuard, body_bytes_max=body_bytes_max, error_body=body_for)
+    app.add_middleware(HttpGuard, body_bytes_max=body_bytes_max, json_depth_max=json_depth_max, error_body=body_for)
+    if keys is not None:  # the last one added is the first that a request meets
+        app.add_middleware(ApiKeyGuard, keys=keys, error_body=body_for, open_paths=open_paths)
 
 
 def shared_settings(settings: OrchestratorSettings) -> SharedSettings:
@@ -335,6 +363,22 @@ def _chain_settings(settings: OrchestratorSettings) -> ChainSettings:
     from orchestrator.chain import ChainSettings
 
     return ChainSettings(**{field.name: getattr(settings, field.name) for field in fields(ChainSettings)})
+
+
+def _open_seals(settings: OrchestratorSettings) -> Seals:
+    """Raises SettingsError for a file that holds no keys."""
+    try:
+        return Seals.open(settings.stage_signing_key_file)
+    except FileError as error:
+        raise SettingsError(f"{PREFIX}STAGE_SIGNING_KEY_FILE: {error}") from None
+
+
+def _open_api_keys(settings: OrchestratorSettings) -> WatchedFile[ApiKeys] | None:
+    """Raises SettingsError for a file that holds no keys."""
+    try:
+        return None if settings.api_keys_file is None else WatchedFile(settings.api_keys_file, parse_api_keys)
+    except FileError as error:
+        raise SettingsError(f"{PREFIX}API_KEYS_FILE: {error}") from None
 
 
 def _first_complaint(error: Any) -> str:

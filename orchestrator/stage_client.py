@@ -10,28 +10,49 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import json
+import time
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 
 from functions.contract import events
-from functions.contract.errors import InvalidEvent, StageError, StageFailure, from_json
+from functions.contract.errors import (
+    CorruptEvent,
+    InvalidEvent,
+    StageError,
+    StageFailure,
+    StaleEvent,
+    Unauthorized,
+    from_json,
+)
 from functions.contract.events import Event
 from functions.contract.frames import Buffer
-from functions.contract.messages import StageInfo
-from orchestrator.stage_connection import CONNECT_TIMEOUT_S, WRITE_BYTES, ReplicaConnections, Reply
+from functions.contract.handover import Adopt, Adopted
+from functions.contract.messages import StageInfo, encode_sequences
+from functions.contract.seals import Seals
+from orchestrator.stage_connection import CONNECT_TIMEOUT_S, WRITE_BYTES, ReplicaConnections, Reply, ReplyError
 
 _SOURCE = f"/stagecraft/orchestrator/{uuid.uuid4().hex[:12]}"
 _counter = itertools.count(1)
-_REPLIES = {events.WAKE: events.WOKEN, events.STEP: events.STEPPED, events.RELEASE: events.RELEASED}
+_REPLIES = {
+    events.WAKE: events.WOKEN,
+    events.STEP: events.STEPPED,
+    events.RELEASE: events.RELEASED,
+    events.RENEW: events.RENEWED,
+    events.ADOPT: events.ADOPTED,
+}
 
 
 class StageUnreachable(Exception):
     """No reply: refused, reset, timed out, or an answer that is not ours. Another try may succeed."""
+
+
+class StageSilent(StageUnreachable):
+    """No reply in time: at work for longer than it may take, hung, or cut off."""
 
 
 class StageClient:
@@ -40,20 +61,22 @@ class StageClient:
     Events to the service go by the proxy that http_proxy, https_proxy and no_proxy name: on a single machine that is
     the ingress, which alone knows the services' names. Replicas are addresses and are asked directly."""
 
-    def __init__(self, session: aiohttp.ClientSession, index: int, url: str, plan: str) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, index: int, url: str, plan: str, seals: Seals | None = None
+    ) -> None:
         self.index = index
         self.url = url
         self._session = session
         self._proxy = proxy_for(url)
         self._replicas = ReplicaConnections()
+        self._seals = seals or Seals()
         self._extensions = {"plan": plan, "stage": str(index)}
 
     async def wake(self, timeout_s: float, url: str | None = None) -> StageInfo:
         """Asks the stage, or its replica at `url`, who it is; the answer comes once its weights are loaded."""
         reply = await self._send(events.WAKE, events.JSON, b"{}", {}, url, timeout_s)
         try:
-            data = json.loads(bytes(reply.data))
-            return StageInfo(**{**data, "blocks": tuple(data["blocks"])})
+            return StageInfo.from_json(json.loads(bytes(reply.data)))
         except (ValueError, TypeError, KeyError) as error:
             raise StageUnreachable(f"stage {self.index} at {self.url} answered no stage info: {error}") from None
 
@@ -63,6 +86,22 @@ class StageClient:
 
     async def release(self, data: bytes, url: str | None, timeout_s: float) -> None:
         await self._send(events.RELEASE, events.JSON, data, {}, url, timeout_s)
+
+    async def renew(self, sequences: Sequence[int], url: str, timeout_s: float) -> list[int]:
+        """Keeps sequences at the replica `url` from expiring; returns those that it does not know."""
+        reply = await self._send(events.RENEW, events.JSON, encode_sequences(sequences), {}, url, timeout_s)
+        try:
+            return [int(sequence) for sequence in json.loads(bytes(reply.data))["unknown"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise StageUnreachable(f"stage {self.index} at {url} answered no renewal: {error}") from None
+
+    async def adopt(self, adopt: Adopt, url: str, timeout_s: float) -> Adopted:
+        """Has the replica at `url` fetch sequences from another."""
+        reply = await self._send(events.ADOPT, events.JSON, adopt.to_body(), {}, url, timeout_s)
+        try:
+            return Adopted.from_body(reply.data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise StageUnreachable(f"stage {self.index} at {url} answered no adoption: {error}") from None
 
     def close(self) -> None:
         """Closes what is open to replicas and not in use; the session is its owner's."""
@@ -77,18 +116,67 @@ class StageClient:
         replica: str | None,
         timeout_s: float,
     ) -> Event:
+        """An event that was held up until its signature was too old (while a stage starts, say) is sent once more."""
+        started_s = time.monotonic()
+        try:
+            return await self._exchange(kind, content_type, data, extra, replica, timeout_s)
+        except StaleEvent:
+            left_s = max(timeout_s - (time.monotonic() - started_s), CONNECT_TIMEOUT_S)
+            return await self._exchange(kind, content_type, data, extra, replica, left_s)
+
+    async def _exchange(
+        self,
+        kind: str,
+        content_type: str,
+        data: Buffer,
+        extra: Mapping[str, str],
+        replica: str | None,
+        timeout_s: float,
+    ) -> Event:
         event = Event(kind, _SOURCE, str(next(_counter)), content_type, data, {**self._extensions, **extra})
         headers, body = events.to_http(event)
+        await self._seals.seal_request(headers, (body,))
+
+        async def check(reply: Reply) -> None:
+            await self._check(reply, headers)
+
         try:
             if replica is None:
                 reply = await self._ask_service(headers, body, timeout_s)
+                await check(reply)
             else:
                 lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-                reply = await self._replicas.post(replica, lines, body, timeout_s)
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            raise StageUnreachable(f"stage {self.index} at {replica or self.url} gave no reply: {reason}") from error
+                reply = await self._replicas.post(replica, lines, body, timeout_s, check)
+        except (aiohttp.ClientError, ReplyError) as error:  # first: some of aiohttp's are TimeoutErrors, of connecting
+            raise self._no_reply(replica, str(error) or type(error).__name__) from error
+        except TimeoutError as error:
+            where = replica or self.url
+            raise StageSilent(f"stage {self.index} at {where} gave no reply in {timeout_s:.3g} s") from error
+        except OSError as error:
+            raise self._no_reply(replica, str(error) or type(error).__name__) from error
         return self._reply(reply, _REPLIES[kind])
+
+    def _no_reply(self, replica: str | None, reason: str) -> StageUnreachable:
+        return StageUnreachable(f"stage {self.index} at {replica or self.url} gave no reply: {reason}")
+
+    async def _check(self, reply: Reply, request: Mapping[str, str]) -> None:
+        """Raises ReplyError for a reply that is not what the stage said, or not to this request; Unauthorized where
+        the stage says that it does not know our key, so that we cannot know its signature either."""
+        if "ce-type" not in reply.headers:
+            return  # no event at all, which is told with what it says instead
+        try:
+            self._seals.check_reply_head(reply.headers, request)
+            await self._seals.check_body(reply.headers, reply.body)
+        except CorruptEvent:
+            raise ReplyError(f"status {reply.status} with a reply that is damaged, or not to this event") from None
+        except Unauthorized as error:
+            if isinstance(told := self._told(reply), Unauthorized):
+                raise told from None
+            raise ReplyError(f"status {reply.status}, and {error}") from None
+
+    def _told(self, reply: Reply) -> StageError | None:
+        """The error that a reply tells, if it tells one."""
+        return self._error(bytes(reply.body)) if reply.headers.get("ce-type") == events.ERROR else None
 
     async def _ask_service(self, headers: Mapping[str, str], body: Buffer, timeout_s: float) -> Reply:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
@@ -107,7 +195,9 @@ class StageClient:
             text = bytes(answer.body[:200]).decode(errors="replace")
             raise StageUnreachable(f"stage {self.index} answered {answer.status}, no event: {text}") from None
         if reply.type == events.ERROR:
-            raise self._error(bytes(answer.body))
+            error = self._error(bytes(answer.body))
+            error.replica = reply.extensions.get("replica")
+            raise error
         if answer.status != 200 or reply.type != expected:
             raise StageUnreachable(f"stage {self.index} answered {reply.type} with status {answer.status}")
         return reply

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ import numpy as np
 from functions.contract.frames import Buffer
 
 IDLE_S_MAX = 300.0  # longer than that a connection is not used again; a stage closes idle ones after an hour
-CONNECT_TIMEOUT_S = 5.0  # for a replica whose machine is gone
+CONNECT_TIMEOUT_S = 2.0  # for a replica whose machine is gone; a lost SYN is sent again after 1 s
 HEAD_BYTES_MAX = 64 << 10
 WRITE_BYTES = 1 << 20  # handed to the transport at once: whatever it cannot send, asyncio's own loop copies
 
@@ -38,21 +38,26 @@ class Reply:
     body: Buffer
 
 
+Check = Callable[[Reply], Awaitable[None]]
+
+
 class ReplicaConnections:
     """Open connections to replicas, used again and again, one request at a time each. Not for several event loops."""
 
     def __init__(self) -> None:
         self._idle: dict[str, list[_Connection]] = {}
 
-    async def post(self, url: str, headers: str, body: Buffer, timeout_s: float) -> Reply:
+    async def post(self, url: str, headers: str, body: Buffer, timeout_s: float, check: Check | None = None) -> Reply:
         """The reply to `body`, sent with the lines of `headers` (each ended by CRLF) and what HTTP needs besides.
 
-        `url` is http://HOST:PORT/PATH. Raises TimeoutError and OSError; the connection is closed then, as it is when
-        the caller is cancelled."""
+        `url` is http://HOST:PORT/PATH. `check` raises for a reply that is not to be believed. Raises TimeoutError,
+        OSError and what `check` raises; the connection is closed then, as it is when the caller is cancelled."""
         async with asyncio.timeout(timeout_s):
             connection = self._take(url) or await _connect(url)
             try:
                 reply = await connection.ask(f"{_first_lines(url)}{headers}content-length: {len(body)}\r\n\r\n", body)
+                if check is not None:
+                    await check(reply)
             except BaseException:
                 connection.abort()
                 raise
@@ -249,10 +254,13 @@ def _parse_head(head: str) -> tuple[int, Mapping[str, str], int, bool]:
 
 
 async def _connect(url: str) -> _Connection:
-    """Raises OSError, TimeoutError."""
+    """Raises OSError."""
     host, port = _address(url)
-    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        _, connection = await asyncio.get_running_loop().create_connection(_Connection, host, port)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await asyncio.get_running_loop().create_connection(_Connection, host, port)
+    except TimeoutError:
+        raise ReplyError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from None
     return connection
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import aiohttp
 import structlog
 
-from functions.contract.errors import NotReady, StageError
-from functions.contract.messages import StageInfo, encode_release
+from functions.contract.errors import StageError
+from functions.contract.messages import StageInfo, encode_sequences
+from functions.contract.seals import Seals
 from orchestrator.chain_settings import ChainSettings
 from orchestrator.generation import GenerationError
 from orchestrator.kv_ledger import KvLedger
+from orchestrator.renewals import Held, Renewals
 from orchestrator.replica_watch import ReplicaWatch
 from orchestrator.running import Caches
 from orchestrator.stage_client import StageClient, StageUnreachable
@@ -28,14 +30,16 @@ log = structlog.get_logger()
 
 class StagePool:
     """`open` comes before all else, `close` after it. `settings` may be replaced at any time; `changed` is called when
-    there may be more memory than before, `in_use` tells the replicas that lanes are tied to."""
+    there may be more memory than before, `in_use` tells the replicas that lanes are tied to, `held` what they hold."""
 
     def __init__(
         self,
         plan_digest: str,
         urls: Sequence[str],
         settings: ChainSettings,
+        seals: Seals,
         in_use: Callable[[], set[str]],
+        held: Callable[[], Held],
         changed: Callable[[], None],
     ) -> None:
         self.settings = settings
@@ -44,11 +48,14 @@ class StagePool:
         self.kv = KvLedger(len(urls))
         self.releases: set[asyncio.Task[None]] = set()
         self._plan = plan_digest
+        self._seals = seals
         self._urls = tuple(url.rstrip("/") + "/" for url in urls)
         self._in_use = in_use
+        self._held = held
         self._changed = changed
         self._wakes: dict[int, asyncio.Task[None]] = {}
         self._watch: ReplicaWatch | None = None
+        self._renewals: Renewals | None = None
         self._session: aiohttp.ClientSession | None = None
 
     def __len__(self) -> int:
@@ -58,12 +65,13 @@ class StagePool:
         """Wakes all stages at once and returns when the last has answered. Raises GenerationError if they do not fit
         together, or if one does not answer in time."""
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300))
-        self.clients = [StageClient(self._session, i, url, self._plan) for i, url in enumerate(self._urls)]
+        self.clients = [StageClient(self._session, i, url, self._plan, self._seals) for i, url in enumerate(self._urls)]
         self._watch = ReplicaWatch(self._session, self.settings.probe_every_s, self._in_use)
+        self._renewals = Renewals(self.clients, self._held, self._lease_s, self.settings.release_timeout_s)
         infos = await asyncio.gather(*(self._wake(stage) for stage in self.clients))
         _check_chain(infos)
         for info in infos:
-            self._learn(info)
+            self.learn(info)
             self.kv.resize(info.stage, replica_url(info.replica))
         self.infos = tuple(infos)
 
@@ -80,6 +88,8 @@ class StagePool:
                 task.cancel()
         if self._watch is not None:
             await self._watch.close()
+        if self._renewals is not None:
+            await self._renewals.close()
         for stage in self.clients:
             stage.close()
         if self._session is not None:
@@ -89,14 +99,22 @@ class StagePool:
 
     @property
     def draining(self) -> set[str]:
-        """The replicas in use that are about to end."""
+        """The replicas in use that are about to end, or have ended."""
         assert self._watch is not None  # `open` comes first
         return self._watch.draining
+
+    @property
+    def gone(self) -> set[str]:
+        """Those of them that have ended."""
+        assert self._watch is not None
+        return self._watch.gone
 
     def taken(self, stage: StageClient, replica: str) -> None:
         """A lane is tied to this replica from now on."""
         assert self._watch is not None
+        assert self._renewals is not None
         self._watch.begin()
+        self._renewals.begin()
         if not self.kv.known(stage.index, replica):
             self.spawn(self._ask(stage, replica))
 
@@ -108,7 +126,7 @@ class StagePool:
     async def release_at(self, stage: StageClient, url: str | None, sequences: list[int]) -> None:
         """One that cannot be reached is most likely gone with all it had."""
         try:
-            await stage.release(encode_release(sequences), url, self.settings.release_timeout_s)
+            await stage.release(encode_sequences(sequences), url, self.settings.release_timeout_s)
         except (StageUnreachable, StageError) as error:
             log.info("release_failed", stage=stage.index, sequences=len(sequences), error=str(error))
 
@@ -140,7 +158,7 @@ class StagePool:
             infos = [info if old.stage == info.stage else old for old in self.infos]
             _check_chain(infos)
             self.infos = tuple(infos)
-            self._learn(info)
+            self.learn(info)
             self.kv.resize(info.stage, replica_url(info.replica))
             self._changed()
         except (StageUnreachable, StageError, GenerationError) as error:
@@ -151,13 +169,17 @@ class StagePool:
     async def _ask(self, stage: StageClient, replica: str) -> None:
         """Learns the memory of a replica that a step has found."""
         try:
-            self._learn(await stage.wake(self.settings.release_timeout_s, replica))
+            self.learn(await stage.wake(self.settings.release_timeout_s, replica))
         except (StageUnreachable, StageError) as error:
             log.info("replica_not_asked", stage=stage.index, replica=replica, error=str(error))
 
-    def _learn(self, info: StageInfo) -> None:
+    def learn(self, info: StageInfo) -> None:
+        """A replica has told its memory."""
         total = info.kv_bytes_max // max(1, info.kv_bytes_per_token)
         self.kv.learn(info.stage, replica_url(info.replica), info.kv_tokens_free, total)
+
+    def _lease_s(self) -> float:
+        return min((info.kv_lease_s for info in self.infos if info.kv_lease_s), default=0.0)
 
     async def _wake(self, stage: StageClient) -> StageInfo:
         """Tries until the stage answers: its port may not be open yet."""
@@ -166,12 +188,13 @@ class StagePool:
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
                 return await stage.wake(max(left_s, 0.1))
-            except (StageUnreachable, NotReady) as error:  # not there yet, or a replica that is about to end
+            except (StageUnreachable, StageError) as error:
+                if isinstance(error, StageError) and not error.retriable:
+                    raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None
+                # not there yet, a replica that is about to end, or an event that was damaged on the way
                 if left_s <= 0:
                     raise GenerationError(str(error), status=503, code="stage_unavailable") from None
                 await asyncio.sleep(self.settings.backoff_s)
-            except StageError as error:
-                raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None
 
 
 def replica_url(replica: str) -> str:

@@ -2,6 +2,9 @@
 
     StageError
     ├── InvalidEvent       400  not a CloudEvent of ours, or its data breaks the contract
+    ├── CorruptEvent       400  not as it was sent: something on the way has changed it
+    ├── Unauthorized       401  not signed, or with another key
+    ├── StaleEvent         401  signed too long ago, or by a clock that is wrong, or here a second time
     ├── PlanMismatch       409  the event belongs to another plan or stage
     ├── WrongPosition      409  a gap: the step starts past what the stage has cached (names the position)
     ├── EventTooLarge      413  the body is over the stage's limit
@@ -26,6 +29,7 @@ class StageError(Exception):
     code: ClassVar[str] = "stage_error"
     status: ClassVar[int] = 500
     retriable: ClassVar[bool] = False
+    replica: str | None = None  # HOST:PORT of who answered it, where that is known
 
     def to_json(self) -> dict[str, Any]:
         """The data of the error event; `from_json` is the inverse."""
@@ -35,6 +39,25 @@ class StageError(Exception):
 class InvalidEvent(StageError):
     code = "invalid_event"
     status = 400
+
+
+class CorruptEvent(StageError):
+    code = "corrupt_event"
+    status = 400
+    retriable = True
+
+
+class Unauthorized(StageError):
+    code = "unauthorized"
+    status = 401
+
+
+class StaleEvent(StageError):
+    """The same event under a new id, signed anew, may be taken."""
+
+    code = "stale_event"
+    status = 401
+    retriable = True
 
 
 class PlanMismatch(StageError):
@@ -95,6 +118,9 @@ _BY_CODE: dict[str, type[StageError]] = {
     kind.code: kind
     for kind in (
         InvalidEvent,
+        CorruptEvent,
+        Unauthorized,
+        StaleEvent,
         PlanMismatch,
         WrongPosition,
         EventTooLarge,

@@ -20,8 +20,11 @@ PREFIX = "dev.stagecraft.stage"
 WAKE, WOKEN = f"{PREFIX}.wake.v1", f"{PREFIX}.woken.v1"
 STEP, STEPPED = f"{PREFIX}.step.v1", f"{PREFIX}.stepped.v1"
 RELEASE, RELEASED = f"{PREFIX}.release.v1", f"{PREFIX}.released.v1"
+RENEW, RENEWED = f"{PREFIX}.renew.v1", f"{PREFIX}.renewed.v1"
+ADOPT, ADOPTED = f"{PREFIX}.adopt.v1", f"{PREFIX}.adopted.v1"
+EXPORT, EXPORTED = f"{PREFIX}.export.v1", f"{PREFIX}.exported.v1"
 ERROR = f"{PREFIX}.error.v1"
-REQUEST_TYPES = (WAKE, STEP, RELEASE)
+REQUEST_TYPES = (WAKE, STEP, RELEASE, RENEW, ADOPT, EXPORT)
 
 JSON = "application/json"
 TENSORS = "application/vnd.stagecraft.tensors+safetensors"
@@ -66,8 +69,12 @@ def to_http(event: Event) -> tuple[dict[str, str], Buffer]:
 
 def to_raw(event: Event) -> tuple[list[tuple[bytes, bytes]], Sequence[Buffer]]:
     """Headers as ASGI has them, and the parts of the body."""
-    headers = [(name.encode(), value.encode()) for name, value in to_http(event)[0].items()]
-    return headers, (event.data, *event.rest)
+    return raw_headers(to_http(event)[0]), (event.data, *event.rest)
+
+
+def raw_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers as ASGI has them."""
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 def from_http_request(headers: Mapping[str, str], body: Buffer) -> Event:

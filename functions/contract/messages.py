@@ -13,8 +13,9 @@ packed one after another without padding:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ POSITION_BOUND = 1 << 31
 KV_PAGE_TOKENS = 8  # stages set memory for keys and values aside in pages of so many tokens of a sequence
 
 Int32Array = npt.NDArray[np.int32]
+KEY_PATTERN = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +61,31 @@ class Opening:
     """What the last stage must know of a sequence once; sent with every slice that starts at 0 (so also in replay).
 
     `prompt_length` tells prompt from answer when a replay brings both (presence and frequency penalties count
-    the answer only)."""
+    the answer only). With `key` the sequence's keys and values may be fetched by another replica; without one they
+    never leave the stage."""
 
     params: SamplingParams
     prompt_length: int
+    key: str = field(default="", repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        return {"params": self.params.to_json(), "prompt_length": self.prompt_length}
+        data = {"params": self.params.to_json(), "prompt_length": self.prompt_length}
+        return {**data, "key": self.key} if self.key else data
 
     @classmethod
     def from_json(cls, data: Any) -> Opening:
         """Raises ValueError."""
-        if not isinstance(data, dict) or set(data) != {"params", "prompt_length"}:
-            raise ValueError("an opening has params and prompt_length")
+        if not isinstance(data, dict) or set(data) - {"key"} != {"params", "prompt_length"}:
+            raise ValueError("an opening has params and prompt_length, and may have a key")
         length = data["prompt_length"]
         if type(length) is not int or not 0 < length < POSITION_BOUND:
             raise ValueError(f"prompt_length must be a whole number > 0, got {length!r}")
         if not isinstance(data["params"], dict):
             raise ValueError("params must be an object")
-        return cls(SamplingParams.from_json(data["params"]), length)
+        key = data.get("key", "")
+        if not isinstance(key, str) or (key and not KEY_PATTERN.fullmatch(key)):
+            raise ValueError("a key is 32 hexadecimal digits")
+        return cls(SamplingParams.from_json(data["params"]), length, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +115,7 @@ class Step:
         arrays = {"slices": Frame.of(rows), "tokens": Frame.of(self.tokens)}
         if self.hidden is not None:
             arrays["hidden"] = self.hidden
-        metadata = {}
-        if self.openings:
-            opened = {str(sequence): opening.to_json() for sequence, opening in self.openings.items()}
-            metadata["openings"] = json.dumps(opened, separators=(",", ":"))
-        return pack(Frames(arrays, metadata))
+        return pack(Frames(arrays, write_openings(self.openings)))
 
     @classmethod
     def from_body(cls, body: Buffer) -> Step:
@@ -125,7 +129,7 @@ class Step:
             slices,
             frames.arrays["tokens"].numpy(),
             frames.arrays.get("hidden"),
-            _openings(frames.metadata.get("openings")),
+            read_openings(frames.metadata.get("openings")),
         )
 
 
@@ -201,24 +205,36 @@ class StageInfo:
     kv_bytes_used: int
     weight_bytes: int
     sequences: int
+    kv_lease_s: float = 0.0  # after so long without a step or a renewal a sequence is freed; 0: never
 
     @property
     def kv_tokens_free(self) -> int:
         return (self.kv_bytes_max - self.kv_bytes_used) // max(1, self.kv_bytes_per_token)
 
+    @classmethod
+    def from_json(cls, data: Any) -> StageInfo:
+        """Members that are not known are left out: a later version may tell more. Raises ValueError, TypeError and
+        KeyError."""
+        known = {name: value for name, value in dict(data).items() if name in _INFO}
+        return cls(**{**known, "blocks": tuple(known["blocks"])})
 
-def encode_release(sequences: Sequence[int]) -> bytes:
-    """Data of a release event: the caches of these sequences may go. Unknown ones are no error."""
+
+_INFO = frozenset(field.name for field in fields(StageInfo))
+
+
+def encode_sequences(sequences: Sequence[int]) -> bytes:
+    """Data of a release (the caches of these sequences may go) and of a renewal (they may not). Unknown ones are no
+    error."""
     return json.dumps({"sequences": list(sequences)}).encode()
 
 
-def decode_release(body: Buffer) -> tuple[int, ...]:
+def decode_sequences(body: Buffer) -> tuple[int, ...]:
     """Raises InvalidEvent."""
     try:
         data = json.loads(bytes(body))
         sequences = data["sequences"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InvalidEvent('the data of a release is {"sequences": [id, ...]}') from None
+        raise InvalidEvent('the data of a release or a renewal is {"sequences": [id, ...]}') from None
     if not isinstance(sequences, list) or not all(type(item) is int for item in sequences):
         raise InvalidEvent("sequences must be a list of sequence ids (whole numbers)")
     return tuple(sequences)
@@ -239,7 +255,16 @@ def read_frames(body: Buffer, required: Mapping[str, str], optional: set[str]) -
     return frames
 
 
-def _openings(text: str | None) -> dict[int, Opening]:
+def write_openings(openings: Mapping[int, Opening]) -> dict[str, str]:
+    """As metadata of a body."""
+    if not openings:
+        return {}
+    opened = {str(sequence): opening.to_json() for sequence, opening in openings.items()}
+    return {"openings": json.dumps(opened, separators=(",", ":"))}
+
+
+def read_openings(text: str | None) -> dict[int, Opening]:
+    """Raises InvalidEvent."""
     if text is None:
         return {}
     try:

@@ -26,9 +26,10 @@ class Chunk:
     completion_tokens: int | None = None
 
 
-def client() -> httpx.AsyncClient:
+def client(api_key: str | None = None) -> httpx.AsyncClient:
     """For one answer, however long it takes: a stage may have to wake first."""
-    return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S))
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    return httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), headers=headers)
 
 
 async def only_model(http: httpx.AsyncClient, base_url: str) -> str:

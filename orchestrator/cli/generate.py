@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator.cli.api_key import ApiKeyFileOption, read_api_key
 from orchestrator.cli.console import fail, note, write_text
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this much probability.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed draws the same text again.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    api_key_file: ApiKeyFileOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead.")] = False,
 ) -> None:
     """Send a prompt to a running server and print the text as it comes.
@@ -99,7 +101,7 @@ def generate(
     body |= {name: value for name, value in options.items() if value is not None}
     body |= _question(prompt, chat, system)
     try:
-        asyncio.run(_run(url.rstrip("/"), body, as_json))
+        asyncio.run(_run(url.rstrip("/"), body, as_json, read_api_key(api_key_file)))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -111,12 +113,12 @@ def _question(prompt: str, chat: bool, system: str | None) -> dict[str, Any]:
     return {"messages": [*messages, {"role": "user", "content": prompt}]}
 
 
-async def _run(url: str, body: dict[str, Any], as_json: bool) -> None:
+async def _run(url: str, body: dict[str, Any], as_json: bool, api_key: str | None) -> None:
     from orchestrator.cli import completions
 
     tally = Tally()  # the look at the models may wake the server
     try:
-        async with completions.client() as http:
+        async with completions.client(api_key) as http:
             if body["model"] is None:
                 body["model"] = await completions.only_model(http, url)
             await show(http, url, body, tally, quiet=as_json)

@@ -74,6 +74,17 @@ def render(
             help="Secret whose keys become variables: HF_TOKEN, AWS_ACCESS_KEY_ID, ...", rich_help_panel=_WHAT
         ),
     ] = "",
+    signing_secret: Annotated[
+        str,
+        typer.Option(
+            help="Secret whose key `keys` holds what orchestrator and stages sign their events with.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "",
+    api_keys_secret: Annotated[
+        str,
+        typer.Option(help="Secret whose key `keys` holds the API keys of clients, one a line.", rich_help_panel=_WHAT),
+    ] = "",
     storage_initializer: Annotated[
         bool,
         typer.Option(
@@ -250,6 +261,7 @@ def render(
         Images,
         Resources,
         Scaling,
+        Secrets,
         Surroundings,
         WeightSource,
     )
@@ -299,6 +311,7 @@ def render(
             ),
             batch=_batch(batch, broker, results_claim, batch_in_flight),
             scoring=_scoring(scoring, broker, claims, dead_letters),
+            secrets=Secrets(signing_secret, api_keys_secret),
             env=_pairs("--env", env),
             lane_width=lane_width,
             timeout_s=_whole_s("--timeout", timeout),

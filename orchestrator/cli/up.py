@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import typer
 
+from orchestrator.cli.api_key import read_api_key
 from orchestrator.cli.console import fail, note
 from orchestrator.cli.data_folder import DataDirOption, data_folder
 from orchestrator.cli.log_folder import log_folder
@@ -137,6 +138,14 @@ def up(
         bool,
         typer.Option("--batch", help="Take batch jobs: a broker for events, and a service that keeps results."),
     ] = False,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys, one a line: only clients that send one are served.", show_default=False),
+    ] = None,
+    signing_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File of keys that orchestrator and stages sign their events with.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line when it listens, for programs.")] = False,
 ) -> None:
     """Serve a model in stages on this machine, until Ctrl-C.
@@ -162,6 +171,9 @@ def up(
 
     if leave and prompt is None:
         fail("--exit needs --prompt: what should be done before the exit?", 2)
+    api_key = read_api_key(api_keys_file, "--api-keys-file")
+    if batch and api_key is not None:
+        fail("--batch does not go with --api-keys-file: brokers bring events without a key", 2)
     chosen = _plan(model, stages, plan, name, dtype, quantize)
     layout = _layout(len(chosen.stages), device, threads, spread)
     most = max(min_scale, max_scale or default_replicas(len(chosen.stages), layout.threads))
@@ -181,6 +193,7 @@ def up(
             lane_width=lane_width or (ONE_LANE_WIDTH if layout.spread == 1 and most == 1 else None),
             lane_age_s=0 if most == 1 else None,  # no replica will come that younger lanes would find
             spread=layout.spread if layout.spread != len(chosen.stages) else 0,
+            env=_key_files(api_keys_file, signing_key_file),
         )
     except DeploymentError as error:
         fail(str(error), 2)
@@ -190,7 +203,32 @@ def up(
         settings = _platform_settings(deployment, folder, host, (port, grpc_port, metrics_port), fork, data_dir)
         if batch:
             deployment = _with_batch(deployment, settings)
-        raise typer.Exit(_run(_until_signal(deployment, settings, prompt, leave, as_json), folder))
+        raise typer.Exit(_run(_until_signal(deployment, settings, _Question(prompt, api_key), leave, as_json), folder))
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What `up` asks once all is there."""
+
+    prompt: str | None
+    api_key: str | None
+
+
+def _key_files(api_keys_file: Path | None, signing_key_file: Path | None) -> dict[str, str]:
+    """The variables that name them; what the files hold is never a variable. Ends the command for one without keys."""
+    from functions.contract.seals import Seals
+    from functions.contract.watched_file import FileError
+
+    try:
+        Seals.open(signing_key_file)
+    except FileError as error:
+        fail(f"--signing-key-file: {error}", 2)
+    found = {
+        "ORCHESTRATOR_API_KEYS_FILE": api_keys_file,
+        "ORCHESTRATOR_STAGE_SIGNING_KEY_FILE": signing_key_file,
+        "STAGE_SIGNING_KEY_FILE": signing_key_file,
+    }
+    return {name: str(path.absolute()) for name, path in found.items() if path is not None}
 
 
 def _with_batch(deployment: Deployment, settings: PlatformSettings) -> Deployment:
@@ -243,10 +281,10 @@ def _run(work: Any, folder: Path) -> int:
 
 
 async def _until_signal(
-    deployment: Deployment, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
+    deployment: Deployment, settings: PlatformSettings, question: _Question, leave: bool, as_json: bool
 ) -> int:
     """Runs the deployment and returns the exit code. The first signal stops it."""
-    work = asyncio.create_task(_serve(deployment, settings, prompt, leave, as_json))
+    work = asyncio.create_task(_serve(deployment, settings, question, leave, as_json))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, work.cancel)
     try:
@@ -256,7 +294,7 @@ async def _until_signal(
 
 
 async def _serve(
-    deployment: Deployment, settings: PlatformSettings, prompt: str | None, leave: bool, as_json: bool
+    deployment: Deployment, settings: PlatformSettings, question: _Question, leave: bool, as_json: bool
 ) -> int:
     from knative.errors import KnativeError
     from orchestrator.cli.completions import EndpointError
@@ -266,8 +304,10 @@ async def _serve(
             if as_json:
                 print(json.dumps(_facts(deployment, platform, urls)), flush=True)
             with stop_told(platform):
-                if prompt is not None:
-                    await _unless_failing(platform, _answer(deployment, platform, urls, prompt))
+                if question.prompt is not None:
+                    await _unless_failing(
+                        platform, _answer(deployment, platform, urls, question.prompt, question.api_key)
+                    )
                 if not leave:
                     if not as_json:
                         print(_banner(deployment, platform, urls), flush=True)
@@ -358,7 +398,7 @@ def _failures(platform: Platform) -> dict[str, str]:
     }
 
 
-async def _answer(deployment: Deployment, platform: Platform, urls: Urls, prompt: str) -> None:
+async def _answer(deployment: Deployment, platform: Platform, urls: Urls, prompt: str, api_key: str | None) -> None:
     from orchestrator.cli import completions
     from orchestrator.cli.console import write_text
     from orchestrator.cli.generate import Tally, show
@@ -380,7 +420,7 @@ async def _answer(deployment: Deployment, platform: Platform, urls: Urls, prompt
         view.end()
         write_text(f"\n{prompt}")
 
-    async with completions.client() as http, view.shown():
+    async with completions.client(api_key) as http, view.shown():
         await show(http, urls.base, body, tally, before_text=first_text)
     note(tally.line())
 

@@ -220,6 +220,19 @@ class WeightSource:
 
 
 @dataclass(frozen=True, slots=True)
+class Secrets:
+    """Names of Secrets that pods mount. What they hold is in no file that is rendered, and in no variable."""
+
+    signing: str = ""  # key `keys`: what orchestrator and stages sign their events with
+    api_keys: str = ""  # key `keys`: what clients send
+
+    def __post_init__(self) -> None:
+        for option, name in (("--signing-secret", self.signing), ("--api-keys-secret", self.api_keys)):
+            if name and not is_dns_1123_subdomain(name):
+                raise DeploymentError(f"{option} must be the name of a Secret, got {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class Surroundings:
     """What is rendered beside the services."""
 
@@ -317,6 +330,7 @@ class Deployment:
     around: Surroundings | None = None  # None: nothing but the services
     batch: Batch | None = None
     scoring: Scoring | None = None
+    secrets: Secrets = Secrets()
     env: Mapping[str, str] = field(default_factory=dict)  # for stages and orchestrator
     lane_width: int | None = None  # sequences; None: the orchestrator's default
     lane_age_s: float | None = None  # None: the orchestrator's default
@@ -337,6 +351,19 @@ class Deployment:
         if self.kv_bytes_max is not None and self.kv_bytes_max < 1:
             raise DeploymentError(f"--kv-memory must be at least 1 byte, got {self.kv_bytes_max}")
         _check_memory("--shared-memory", self.shared_memory)
+        self._check_doors()
+
+    def _check_doors(self) -> None:
+        """Brokers neither sign nor send keys; whoever lets them in lets in everybody who reaches that door."""
+        for wanted, secret, variable, why in (
+            (self.scoring, self.secrets.signing, "STAGE_UNSIGNED_SCORES", "--scoring with --signing-secret"),
+            (self.batch, self.secrets.api_keys, "ORCHESTRATOR_EVENTS_WITHOUT_KEY", "--batch with --api-keys-secret"),
+        ):
+            if wanted is not None and secret and variable not in self.env:
+                raise DeploymentError(
+                    f"{why}: a broker's events would be refused, as they have neither. Say with --env {variable}=allow "
+                    "that they are taken, where only the broker can reach that door (docs/security.md)"
+                )
 
     def _check_names(self) -> None:
         for name in (self.service_name, *(self.stage_name(index) for index in range(len(self.plan.stages)))):

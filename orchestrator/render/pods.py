@@ -16,6 +16,7 @@ from orchestrator.cost import Cost
 from orchestrator.render.deployment import Batch, Deployment, DeploymentError, Resources, Toleration
 from orchestrator.render.noted import Noted, Tree
 from orchestrator.render.weights import Weights, weights
+from orchestrator.step_times import step_times_text
 from orchestrator.targets import CPU
 
 STAGE_IMAGE = "stagecraft/stage"
@@ -37,6 +38,8 @@ _STEP_TOKENS = 512
 _STEP_SLACK = 3
 _RESULTS_FOLDER = "/var/lib/stagecraft"
 _FETCH_BYTES_PER_S = 50_000_000  # of weights over a network, to be on the safe side
+_SIGNING_FOLDER, _API_KEYS_FOLDER = "/etc/stagecraft/signing", "/etc/stagecraft/api-keys"
+_KEYS = "keys"  # of the Secrets, and the name of the file
 _DEADLINE_S = 600  # Knative's own, and the orchestrator's; an image of several GB is pulled in that time
 
 
@@ -80,9 +83,9 @@ def stage_pod(what: Deployment, index: int) -> Pod:
         ),
         **_liveness("/healthz", "answers while weights are loading, so a long start is not killed"),
         **_security(),
-        "volumeMounts": _mounts(source, shared_memory=True),
+        "volumeMounts": [*_mounts(source, shared_memory=True), *(one.mount for one in _stage_secrets(what))],
     }
-    volumes = _volumes(source, what.shared_memory)
+    volumes = [*_volumes(source, what.shared_memory), *(one.volume for one in _stage_secrets(what))]
     fields, features = _scheduling(what, source)
     return Pod(container, volumes, fields, source, features, _deadline_s(_cost(what, index)))
 
@@ -106,14 +109,15 @@ def orchestrator_pod(what: Deployment) -> Pod:
         ),
         **_liveness("/v2/health/live", "answers while stages are woken, so a long start is not killed"),
         **_security(),
-        "volumeMounts": _mounts(source, shared_memory=False),
+        "volumeMounts": [*_mounts(source, shared_memory=False), *(one.mount for one in _orchestrator_secrets(what))],
     }
     fields, features = _volume_features(what, source)
     if what.scheduling.fs_group is not None and (source.mount is not None or source.storage_uri.startswith("pvc://")):
         # the claim is open to that group only, whoever mounts it
         fields["securityContext"] = {"fsGroup": what.scheduling.fs_group}
         features = (*features, "kubernetes.podspec-securitycontext")
-    return Pod(container, _volumes(source, None), fields, source, features, deadline_s)
+    volumes = [*_volumes(source, None), *(one.volume for one in _orchestrator_secrets(what))]
+    return Pod(container, volumes, fields, source, features, deadline_s)
 
 
 def results_pod(what: Deployment, batch: Batch) -> Pod:
@@ -173,6 +177,7 @@ def stage_environment(what: Deployment, index: int, budget: Budget) -> dict[str,
         "STAGE_THREADS": str(what.threads_per_stage),
         **kv,
         **({"STAGE_CORES_LOCK": what.cores_lock} if what.cores_lock else {}),
+        **{one.variable: one.file for one in _stage_secrets(what)},
         **({"STAGE_CLAIMS": what.scoring.claims} if what.scoring is not None and what.scoring.claims else {}),
     }
 
@@ -190,13 +195,60 @@ def orchestrator_environment(what: Deployment, deadline_s: int) -> dict[str, str
         more["ORCHESTRATOR_WAKE_TIMEOUT_S"] = str(deadline_s)
     if (step_s := _longest_step_s(what)) > _STEP_TIMEOUT_S:
         more["ORCHESTRATOR_STEP_TIMEOUT_S"] = str(math.ceil(step_s / 60) * 60)
+    if times := step_times_text([stage.profile for stage in what.plan.stages]):
+        more["ORCHESTRATOR_STEP_TIMES"] = times
     return {
         "ORCHESTRATOR_MODEL": what.plan.model,
         "ORCHESTRATOR_MODEL_NAME": what.plan.name,
         "ORCHESTRATOR_STAGE_URLS": ",".join(urls),
         "ORCHESTRATOR_PLAN": what.plan.digest,
+        **{one.variable: one.file for one in _orchestrator_secrets(what)},
         **more,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _MountedSecret:
+    """A Secret as a folder, with the variable that names the file in it. The file follows when the Secret changes,
+    which a variable would not."""
+
+    secret: str
+    namespace: str
+    name: str
+    folder: str
+    variable: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.folder}/{_KEYS}"
+
+    @property
+    def mount(self) -> Tree:
+        return {"name": self.name, "mountPath": self.folder, "readOnly": True}
+
+    @property
+    def volume(self) -> Tree:
+        note = (
+            f"one key a line: openssl rand -hex 32 | kubectl create secret generic {self.secret} -n {self.namespace} "
+            f"--from-file={_KEYS}=/dev/stdin"
+        )
+        return {"name": self.name, "secret": Noted({"secretName": self.secret}, note)}
+
+
+def _stage_secrets(what: Deployment) -> list[_MountedSecret]:
+    return _mounted_signing(what, "STAGE_SIGNING_KEY_FILE")
+
+
+def _orchestrator_secrets(what: Deployment) -> list[_MountedSecret]:
+    found = _mounted_signing(what, "ORCHESTRATOR_STAGE_SIGNING_KEY_FILE")
+    if name := what.secrets.api_keys:
+        found.append(_MountedSecret(name, what.namespace, "api-keys", _API_KEYS_FOLDER, "ORCHESTRATOR_API_KEYS_FILE"))
+    return found
+
+
+def _mounted_signing(what: Deployment, variable: str) -> list[_MountedSecret]:
+    name = what.secrets.signing
+    return [_MountedSecret(name, what.namespace, "signing", _SIGNING_FOLDER, variable)] if name else []
 
 
 def _longest_step_s(what: Deployment) -> float:

@@ -12,15 +12,18 @@ import io
 import multiprocessing
 import multiprocessing.reduction
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
 import torch
 import yaml
+from aiohttp import web
 
 from functions.contract import events
 from functions.contract.sampling import SamplingParams
@@ -118,11 +121,13 @@ def fork_server() -> Any:
 
 
 class Stages:
-    """The processes of one chain. `urls` in order; `kill` and `start` end and replace one at its old port."""
+    """The processes of one chain. `urls` in order; `kill` and `start` end and replace one at its old port, which stays
+    open meanwhile; after `lose` nothing listens there any more."""
 
     def __init__(self, context: Any, model: Path, spans: Sequence[str], environment: dict[str, str]) -> None:
         self._context = context
         self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in spans]
+        self.urls = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners]
         self._environments = [
             {
                 "STAGE_MODEL": str(model),
@@ -139,10 +144,6 @@ class Stages:
         for index in range(len(spans)):
             self.start(index)
 
-    @property
-    def urls(self) -> list[str]:
-        return [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners]
-
     def start(self, index: int) -> None:
         handle = multiprocessing.reduction.DupFd(self._listeners[index].fileno())
         process = self._context.Process(target=run_stage, args=(handle, self._environments[index]), daemon=True)
@@ -152,6 +153,10 @@ class Stages:
     def kill(self, index: int) -> None:
         self.processes[index].kill()
         self.processes[index].join()
+
+    def lose(self, index: int) -> None:
+        self._listeners[index].close()
+        self.kill(index)
 
     def close(self) -> None:
         for process in self.processes:
@@ -165,16 +170,110 @@ class Stages:
 
 @pytest.fixture
 def start_stages(fork_server: Any, checkpoint_of: Callable[[str], Path]) -> Iterator[Callable[..., Stages]]:
-    """(architecture, ["0:2", "2:4"], NAME=value...) -> running stage processes, ended with the test."""
+    """(architecture or folder, ["0:2", "2:4"], NAME=value...) -> running stage processes, ended with the test."""
     started: list[Stages] = []
 
-    def start(name: str, spans: Sequence[str], **environment: str) -> Stages:
-        started.append(Stages(fork_server, checkpoint_of(name), spans, environment))
+    def start(model: str | Path, spans: Sequence[str], **environment: str) -> Stages:
+        folder = model if isinstance(model, Path) else checkpoint_of(model)
+        started.append(Stages(fork_server, folder, spans, environment))
         return started[-1]
 
     yield start
     for stages in started:
         stages.close()
+
+
+class Service:
+    """Passes events on to the first replica that is not `down`. `answered` is called with how many steps it has passed
+    on, after each."""
+
+    def __init__(self, session: aiohttp.ClientSession, replicas: Sequence[str]) -> None:
+        self.replicas = list(replicas)
+        self.down: set[str] = set()
+        self.steps = 0
+        self.answered: Callable[[int], None] = lambda steps: None
+        self.url = ""
+        self._session = session
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_post("/", self._pass_on)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+
+    async def open(self) -> None:
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        host, port = self._runner.addresses[0][:2]
+        self.url = f"http://{host}:{port}"
+
+    async def close(self) -> None:
+        await self._runner.cleanup()
+
+    async def _pass_on(self, request: web.Request) -> web.Response:
+        able = [url for url in self.replicas if url not in self.down]
+        if not able:
+            return web.Response(text="no replica\n", status=503)
+        async with self._session.post(able[0], data=await request.read(), headers=_ours(request.headers)) as reply:
+            answer = web.Response(body=await reply.read(), status=reply.status, headers=_ours(reply.headers))
+        if request.headers["ce-type"] == events.STEP:
+            self.steps += 1
+            self.answered(self.steps)
+        return answer
+
+
+def _ours(headers: Any) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower().startswith(("ce-", "content-type"))}
+
+
+class Replicas:
+    """Several of each stage; lanes are given the first of those that live."""
+
+    def __init__(self, session: aiohttp.ClientSession, sets: Sequence[Any]) -> None:
+        self.sets = sets
+        self.services = [Service(session, replicas) for replicas in zip(*(each.urls for each in sets), strict=True)]
+
+    @property
+    def urls(self) -> list[str]:
+        return [service.url for service in self.services]
+
+    def lose(self, stage: int, which: int = 0) -> None:
+        """SIGKILL, of which the service knows at once."""
+        self.services[stage].down.add(self.sets[which].urls[stage])
+        self.sets[which].lose(stage)
+
+    def stop(self, stage: int, which: int = 0) -> None:
+        """SIGSTOP, of which the service knows as well."""
+        self.services[stage].down.add(self.sets[which].urls[stage])
+        os.kill(self.sets[which].processes[stage].pid, signal.SIGSTOP)
+
+    def go_on(self, stage: int, which: int = 0) -> None:
+        os.kill(self.sets[which].processes[stage].pid, signal.SIGCONT)
+
+    async def tokens(self, stages: Sequence[int], which: int = 0) -> list[float]:
+        """Computed so far by replicas of these stages, as they say themselves."""
+        async with httpx.AsyncClient() as client:
+            pages = [(await client.get(f"{self.sets[which].urls[stage]}/metrics")).text for stage in stages]
+        return [_sum(page, "stagecraft_stage_tokens_total") for page in pages]
+
+
+def _sum(text: str, name: str) -> float:
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((f"{name} ", f"{name}{{")))
+
+
+@pytest.fixture
+async def start_replicas(start_stages: Callable[..., Stages]) -> AsyncIterator[Callable[..., Awaitable[Replicas]]]:
+    """(architecture or folder, ["0:2", "2:4"], how many of each stage) -> `Replicas`."""
+    started: list[Replicas] = []
+    async with aiohttp.ClientSession() as session:
+
+        async def start(model: str | Path, spans: Sequence[str], count: int = 2) -> Replicas:
+            started.append(Replicas(session, [start_stages(model, spans) for _ in range(count)]))
+            for service in started[-1].services:
+                await service.open()
+            return started[-1]
+
+        yield start
+        for replicas in started:
+            for service in replicas.services:
+                await service.close()
 
 
 @pytest.fixture

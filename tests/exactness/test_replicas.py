@@ -10,16 +10,19 @@ import asyncio
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import httpx
 import pytest
 from aiohttp import web
+from prometheus_client import REGISTRY
 
 from functions.contract import events
+from functions.contract.sampling import SamplingParams
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
 
@@ -88,6 +91,8 @@ class Replica(Door):
     full = False
     step_takes_s = 0.0
     stopped: asyncio.Event | None = None  # steps wait for it
+    refuses = ""  # events of this type
+    on_export: asyncio.Event | None = None  # exports wait for it
 
     def _probe(self, request: web.Request) -> web.Response:
         assert request.headers["K-Network-Probe"] == "queue"
@@ -95,8 +100,10 @@ class Replica(Door):
         return web.Response(text="shutting down\n", status=503) if self.draining else web.Response(text="queue")
 
     async def _event(self, request: web.Request, body: bytes) -> web.Response:
-        if self.full:
+        if self.full or request.headers["ce-type"] == self.refuses:
             return web.Response(text="pending request queue full\n", status=503)
+        if request.headers["ce-type"] == events.EXPORT and self.on_export is not None:
+            await self.on_export.wait()
         if request.headers["ce-type"] == events.STEP:
             await asyncio.sleep(self.step_takes_s)
             if self.stopped is not None:
@@ -132,6 +139,7 @@ class Fleet:
     def __init__(self, session: aiohttp.ClientSession, start_stages: Any) -> None:
         self.services = [Service(session) for _ in HALVES]
         self.doors: list[Door] = []
+        self.architecture = "llama"
         self._session = session
         self._start_stages = start_stages
 
@@ -143,7 +151,7 @@ class Fleet:
         replica = Replica(self._session)
         await self._open(replica)
         environment = {"STAGE_INDEX": str(stage), "STAGE_COUNT": str(len(HALVES)), **environment}
-        started = self._start_stages("llama", [HALVES[stage]], STAGE_REPLICA=replica.address, **environment)
+        started = self._start_stages(self.architecture, [HALVES[stage]], STAGE_REPLICA=replica.address, **environment)
         replica.stage_url = started.urls[0]
         self.services[stage].replicas.append(replica)
         return replica
@@ -244,6 +252,307 @@ async def test_a_replica_that_is_too_busy_sends_the_lane_back_to_the_service(
 
     assert await disturbed(chain, prompts[1], fill_up) == whole_model("llama", prompts[1], LONG)
     assert all(replica.lanes for replica in replicas)
+
+
+# -- replicas that hand over what they hold
+
+
+@dataclass
+class Counts:
+    """What stages have computed, by their own count."""
+
+    tokens: float
+    steps: float
+
+    @classmethod
+    def of(cls, replicas: Sequence[Replica]) -> Counts:
+        pages = [page_of(replica.stage_url) for replica in replicas]
+        return cls(
+            sum(sample(page, "stagecraft_stage_tokens_total") for page in pages),
+            sum(sample(page, f'stagecraft_stage_events_total{{answer="ok",type="{events.STEP}"}}') for page in pages),
+        )
+
+
+def page_of(stage_url: str) -> str:
+    return httpx.get(f"{stage_url}/metrics").text
+
+
+def sample(page: str, name: str) -> float:
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"{name} "))
+
+
+def handovers(stage: int, outcome: str) -> float:
+    labels = {"stage": str(stage), "outcome": outcome}
+    return REGISTRY.get_sample_value("stagecraft_handovers_total", labels) or 0.0
+
+
+async def together(
+    chain: Chain, prompts: Sequence[Sequence[int]], disturb: Callable[[], Any], params: SamplingParams | None = None
+) -> list[list[int]]:
+    """Long answers to several prompts, during which `disturb` is called once as some sequence gets its 5th token."""
+    disturbed: list[int] = []
+
+    async def one(prompt: Sequence[int]) -> list[int]:
+        tokens: list[int] = []
+        async for token in chain.generate(GenerationRequest(tuple(prompt), LONG, params or SamplingParams())):
+            tokens.append(token.id)
+            if len(tokens) == 5 and not disturbed:
+                disturbed.append(len(tokens))
+                await disturb()
+        return tokens
+
+    async with asyncio.timeout(TIMEOUT_S):
+        return await asyncio.gather(*(one(prompt) for prompt in prompts))
+
+
+@pytest.mark.parametrize("drained", [(0,), (1,), (0, 1)])
+async def test_a_draining_replica_hands_over_and_nothing_is_computed_again(
+    drained: tuple[int, ...], fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    replicas = [[await fleet.add(stage) for _ in range(2)] for stage in (0, 1)]
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+    left: list[Replica] = []
+    before = [handovers(stage, "whole") for stage in drained]
+
+    async def drain() -> None:
+        for stage in drained:
+            left.append(used(replicas[stage]))
+            left[-1].step_takes_s = 0.02  # so that the answers are not over before anybody can notice
+            left[-1].draining = True
+
+    asked = prompts[:4]
+    assert await together(chain, asked, drain) == [whole_model("llama", prompt, LONG) for prompt in asked]
+    assert [handovers(stage, "whole") for stage in drained] == [count + 1 for count in before]
+    for stage in (0, 1):
+        counts = Counts.of(replicas[stage])
+        assert counts.tokens == sum(len(prompt) + LONG - 1 for prompt in asked), "each token once, wherever"
+        assert counts.steps == sum(replica.lanes["0"] for replica in replicas[stage])
+        for replica in replicas[stage]:
+            await until(replica.holds_nothing)
+    for stage, old in zip(drained, left, strict=True):
+        new = next(replica for replica in replicas[stage] if replica is not old)
+        assert new.lanes["0"] > 0
+        assert (new.kinds[events.ADOPT], old.kinds[events.RELEASE]) == (1, 1)
+        assert old.kinds[events.EXPORT] >= 1
+
+
+async def test_sampled_answers_go_on_with_their_penalties_at_another_replica(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any
+) -> None:
+    replicas = [await fleet.add(stage) for stage in (0, 1, 1)][1:]
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+    params = SamplingParams(temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.8, seed=11)
+    expected = [await answer(chain, prompt, LONG, params) for prompt in prompts[:3]]
+    for replica in replicas:
+        await until(replica.holds_nothing)
+        replica.lanes.clear()
+
+    async def drain() -> None:
+        old = used(replicas)
+        old.step_takes_s = 0.02
+        old.draining = True
+
+    before = handovers(1, "whole")
+    assert await together(chain, prompts[:3], drain, params) == expected
+    assert handovers(1, "whole") == before + 1
+
+
+async def test_a_lane_goes_on_where_it_is_until_another_replica_is_ready(
+    fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    await fleet.add(0)
+    old, new = [await fleet.add(1) for _ in range(2)]
+    fleet.services[1].replicas.remove(new)
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+    steps_until_it_came: list[int] = []
+
+    async def drain() -> None:
+        old.step_takes_s = 0.02
+        old.draining = True
+
+    async def start_another(kind: str) -> None:
+        """As an activator holds what comes until there is a replica."""
+        if old.draining and not steps_until_it_came:
+            steps_until_it_came.append(old.lanes["0"])
+            await until(lambda: old.lanes["0"] >= steps_until_it_came[0] + 5)
+            fleet.services[1].replicas.append(new)
+
+    fleet.services[1].before = start_another
+    before = handovers(1, "whole")
+    assert await together(chain, prompts[:2], drain) == [whole_model("llama", p, LONG) for p in prompts[:2]]
+    assert steps_until_it_came
+    assert handovers(1, "whole") == before + 1
+    assert fleet.services[1].kinds[events.STEP] == 1, "only the lane's first; the wake has named the next replica"
+
+
+async def test_a_lane_ends_on_its_old_plan_where_the_service_has_a_new_one(
+    fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    await fleet.add(0)
+    old = await fleet.add(1)
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+
+    async def roll_out() -> None:
+        new.append(await fleet.add(1, STAGE_PLAN="another-plan"))
+        old.step_takes_s = 0.02
+        old.draining = True
+
+    new: list[Replica] = []
+    before = handovers(1, "stays")
+    assert await together(chain, prompts[:2], roll_out) == [whole_model("llama", p, LONG) for p in prompts[:2]]
+    assert handovers(1, "stays") == before + 1
+    assert (new[0].kinds[events.STEP], new[0].kinds[events.WAKE]) == (0, 1)
+    await until(old.holds_nothing)
+
+
+@pytest.mark.parametrize("refused", ["adopt", "export"])
+async def test_a_handover_that_fails_is_a_replay(
+    refused: str, fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    replicas = [await fleet.add(stage) for stage in (0, 1, 1)][1:]
+    for replica in replicas:
+        replica.refuses = f"dev.stagecraft.stage.{refused}.v1"
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+
+    async def drain() -> None:
+        old = used(replicas)
+        old.step_takes_s = 0.02
+        old.draining = True
+
+    outcome = "failed" if refused == "adopt" else "partly"
+    before = handovers(1, outcome)
+    assert await together(chain, prompts[:3], drain) == [whole_model("llama", p, LONG) for p in prompts[:3]]
+    assert handovers(1, outcome) == before + 1
+    for replica in replicas:
+        await until(replica.holds_nothing)
+
+
+async def test_who_leaves_during_a_handover_leaves_nothing_behind(
+    fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    replicas = [await fleet.add(stage) for stage in (0, 1, 1)][1:]
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+    for replica in replicas:
+        replica.on_export = asyncio.Event()
+    leaving = asyncio.create_task(together(chain, prompts[1:2], _nothing))
+
+    async def drain() -> None:
+        old = used(replicas)
+        old.step_takes_s = 0.02
+        old.draining = True
+        await until(lambda: old.kinds[events.EXPORT])
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert old.on_export is not None
+        old.on_export.set()
+
+    assert await together(chain, prompts[:1], drain) == [whole_model("llama", prompts[0], LONG)]
+    for replica in replicas:
+        await until(replica.holds_nothing)
+
+
+async def _nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize("architecture", ["llama", "falcon_h1"])
+async def test_a_stage_process_that_gets_sigterm_hands_over_and_ends(
+    architecture: str, fleet: Fleet, start_stages: Any, open_chain: Any, prompts: Any, whole_model: Any
+) -> None:
+    """With no queue-proxy in front: the process itself says that it shuts down, and serves until it holds nothing.
+    Recurrent state (falcon_h1) is computed again at the other replica."""
+    fleet.architecture = architecture
+    first, place = await fleet.add(0), {"STAGE_INDEX": "1", "STAGE_COUNT": "2"}
+    first.step_takes_s = 0.02  # so that the answers are not over before anybody can notice
+    pair = [start_stages(architecture, [HALVES[1]], **place) for _ in range(2)]
+    doors = [SimpleNamespace(address=stages.urls[0].removeprefix("http://"), draining=False) for stages in pair]
+    fleet.services[1].replicas = cast(list[Replica], doors)
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+    old = pair[1].processes[0]  # the other one has been asked for the wake at the start
+
+    async def end() -> None:
+        old.terminate()
+        doors[1].draining = True
+
+    before = handovers(1, "whole")
+    expected = [whole_model(architecture, prompt, LONG) for prompt in prompts[:3]]
+    assert await together(chain, prompts[:3], end) == expected
+    await asyncio.to_thread(old.join, TIMEOUT_S)
+    assert old.exitcode == 0
+    assert handovers(1, "whole") == before + (architecture == "llama")
+
+
+# -- leases
+
+
+async def test_nothing_expires_while_a_lane_waits_for_another_stage(
+    fleet: Fleet, open_chain: Any, answer: Any, prompts: Any, whole_model: Any
+) -> None:
+    """Stage 1 takes longer than the leases of what stage 0 holds meanwhile."""
+    first, last = [await fleet.add(stage, STAGE_KV_LEASE_S="5") for stage in (0, 1)]
+    chain = await open_chain(fleet)
+    last.stopped = asyncio.Event()
+    last.stopped.set()
+
+    async def hold() -> None:
+        assert last.stopped is not None
+        last.stopped.clear()
+        renewed = first.kinds[events.RENEW]
+        asyncio.get_running_loop().create_task(go_on(renewed + 4))  # of which three are a lease
+
+    async def go_on(renewals: int) -> None:
+        await until(lambda: first.kinds[events.RENEW] >= renewals)
+        assert last.stopped is not None
+        last.stopped.set()
+
+    assert await disturbed(chain, prompts[0], hold) == whole_model("llama", prompts[0], LONG)
+    assert sample(page_of(first.stage_url), "stagecraft_stage_sequences_expired_total") == 0
+    for replica in (first, last):
+        await until(replica.holds_nothing)
+    await until(lambda: chain._pool._renewals._task.done())  # nothing is held
+    assert not any(service.kinds[events.RENEW] for service in fleet.services)
+
+
+def run_chain(urls: list[str], prompts: list[list[int]], started: Any) -> None:
+    """A process that generates for ever and says when all have begun."""
+
+    async def run() -> None:
+        chain = Chain("test-plan", urls)
+        await chain.start()
+        begun = 0
+
+        async def one(prompt: list[int]) -> None:
+            nonlocal begun
+            first = True
+            while True:
+                async for _ in chain.generate(GenerationRequest(tuple(prompt), LONG)):
+                    begun += first
+                    first = False
+                    if begun == len(prompts):
+                        started.set()
+
+        await asyncio.gather(*(one(prompt) for prompt in prompts))
+
+    asyncio.run(run())
+
+
+async def test_what_a_killed_orchestrator_held_is_freed_when_its_lease_is_over(
+    start_stages: Any, fork_server: Any, prompts: Any, until_empty: Any
+) -> None:
+    """Its clients are the same process, and go at the same moment."""
+    stages = start_stages("llama", HALVES, STAGE_KV_LEASE_S="1")
+    started = fork_server.Event()
+    orchestrator = fork_server.Process(target=run_chain, args=(stages.urls, prompts[:4], started), daemon=True)
+    orchestrator.start()
+    assert await asyncio.to_thread(started.wait, TIMEOUT_S)
+    await until(lambda: sample(page_of(stages.urls[1]), "stagecraft_stage_sequences"))
+    orchestrator.kill()
+    orchestrator.join()
+    for url in stages.urls:
+        await until_empty(url)
+    pages = [page_of(url) for url in stages.urls]
+    assert sum(sample(page, "stagecraft_stage_sequences_expired_total") for page in pages) > 0
+    assert [sample(page, "stagecraft_stage_kv_bytes") for page in pages] == [0, 0]
 
 
 # -- replicas that come

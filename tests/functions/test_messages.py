@@ -21,8 +21,8 @@ from functions.contract.messages import (
     Slice,
     StageInfo,
     Step,
-    decode_release,
-    encode_release,
+    decode_sequences,
+    encode_sequences,
 )
 from functions.contract.sampling import SEED_BOUND, SamplingParams
 
@@ -95,7 +95,7 @@ def test_defaults_take_no_room_in_json() -> None:
 
 @given(st.lists(ids, max_size=5))
 def test_release_survives_the_wire(sequences: list[int]) -> None:
-    assert decode_release(encode_release(sequences)) == tuple(sequences)
+    assert decode_sequences(encode_sequences(sequences)) == tuple(sequences)
 
 
 # -- what cannot be built

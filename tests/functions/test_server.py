@@ -28,7 +28,7 @@ class Stand:
     """Answers in the place of a StageService: what the event's `wanted` says."""
 
     settings = SimpleNamespace(replica="10.0.0.1:8012", body_bytes_max=BYTES_MAX, blocks="0:2")
-    ready, failure = True, None
+    ready, failure, leaving = True, None, False
 
     def start(self) -> None:
         """There is nothing to load."""

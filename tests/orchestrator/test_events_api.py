@@ -212,7 +212,9 @@ class Here:
         self.door = EventsDoor(service)
         app = Starlette(routes=[self.door.route])
         app.mount("/openai/v1", openai_app(service))
-        guarded = HttpGuard(app, body_bytes_max=10_000, error_body=lambda path, error: {"error": str(error)})
+        guarded = HttpGuard(
+            app, body_bytes_max=10_000, json_depth_max=64, error_body=lambda path, error: {"error": str(error)}
+        )
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://here")
 
     def send(self, event: CloudEvent) -> asyncio.Task[httpx.Response]:
