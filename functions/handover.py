@@ -16,10 +16,11 @@ import numpy as np
 import structlog
 
 from functions.contract import events
-from functions.contract.errors import InvalidEvent, from_json
+from functions.contract.errors import CorruptEvent, InvalidEvent, from_json
 from functions.contract.events import Event
 from functions.contract.frames import HEADER_BYTES_MAX, Buffer
 from functions.contract.handover import Adopt, Export, Pieces, check_replica_address
+from functions.contract.seals import Seals
 
 PIECES_BYTES_MAX = 64 << 20  # of keys and values in one answer: they are in memory twice while they are copied
 _TIMEOUT_S = 10.0  # without a byte
@@ -38,6 +39,7 @@ async def adopt(
     install: Callable[[Pieces], Awaitable[None]],
     make_event: Callable[[bytes], Event],
     bytes_max: int,
+    seals: Seals,
 ) -> None:
     """Fetches `asked.sequences` piece by piece.
 
@@ -46,7 +48,7 @@ async def adopt(
     starts = {sequence: held(sequence) for sequence in asked.sequences}
     while starts:
         event = make_event(Export(asked.key, starts, bytes_max).to_body())
-        pieces = await fetch(asked.source, event, bytes_max + _FRAME_BYTES_MAX)
+        pieces = await fetch(asked.source, event, bytes_max + _FRAME_BYTES_MAX, seals)
         if not pieces.pieces:
             break
         await install(pieces)
@@ -68,12 +70,15 @@ def _rest(starts: Mapping[int, int], pieces: Pieces) -> dict[int, int]:
     return rest
 
 
-async def fetch(url: str, event: Event, bytes_max: int) -> Pieces:
+async def fetch(url: str, event: Event, bytes_max: int, seals: Seals) -> Pieces:
     """What the replica at `url` answers to an export. Raises StageError for its error events, and FetchFailed."""
     headers, data = events.to_http(event)
+    await seals.seal_request(headers, (data,))
     try:
         told, body = await asyncio.to_thread(_exchange, url, headers, bytes(data), bytes_max)
-        reply = events.from_http_request(told, body)
+        seals.check_reply_head(told, headers)
+        await seals.check_body(told, body)
+        reply = events.from_lower_case(told, body)
         if reply.type == events.ERROR:
             raise from_json(json.loads(bytes(body)))
         if reply.type != events.EXPORTED:
@@ -81,12 +86,12 @@ async def fetch(url: str, event: Event, bytes_max: int) -> Pieces:
         return Pieces.from_body(body)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise FetchFailed(f"{url} gave no keys and values: {error or type(error).__name__}") from None
-    except InvalidEvent as error:
-        raise FetchFailed(f"{url} answered no event of ours: {error}") from None
+    except (InvalidEvent, CorruptEvent) as error:
+        raise FetchFailed(f"{url} answered no event of ours, or a damaged one: {error}") from None
 
 
 def _exchange(url: str, headers: dict[str, str], data: bytes, bytes_max: int) -> tuple[dict[str, str], Buffer]:
-    """Headers and body of the answer. Raises OSError, HTTPException, ValueError and InvalidEvent."""
+    """Headers, names in lower case, and body of the answer. Raises OSError, HTTPException, ValueError, InvalidEvent."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_TIMEOUT_S)
     try:
@@ -94,7 +99,8 @@ def _exchange(url: str, headers: dict[str, str], data: bytes, bytes_max: int) ->
         check_replica_address(connection.sock.getpeername()[0])  # a name may stand for any address
         connection.request("POST", "/", body=data, headers=headers)
         response = connection.getresponse()
-        return dict(response.getheaders()), _read(response, bytes_max)
+        told = {name.lower(): value for name, value in response.getheaders()}
+        return told, _read(response, bytes_max)
     finally:
         connection.close()
 

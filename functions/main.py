@@ -17,8 +17,9 @@ from functions.service import StageService
 from functions.settings import read_settings
 
 settings = read_settings()
-service = StageService(settings)
-handler = Handler(service, settings.open_seals())
+seals = settings.open_seals()
+service = StageService(settings, seals)
+handler = Handler(service, seals)
 
 
 @functions_framework.aio.http  # type: ignore[untyped-decorator]  # the framework has no types

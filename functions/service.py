@@ -29,6 +29,7 @@ from functions.contract.handover import Adopt, Adopted, Export, Pieces
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.messages import Samples, StageInfo, Step, decode_sequences
 from functions.contract.scoring import RESULT, SCORE, SPENT_PATH
+from functions.contract.seals import Seals
 from functions.cores import Cores
 from functions.handover import PIECES_BYTES_MAX, FetchFailed, adopt
 from functions.leases import Clock
@@ -82,7 +83,8 @@ class _Quick:
 class StageService:
     """Answers all events of a stage. `failure` is set when loading has failed for good."""
 
-    def __init__(self, settings: StageSettings, clock: Clock = time.monotonic) -> None:
+    def __init__(self, settings: StageSettings, seals: Seals | None = None, clock: Clock = time.monotonic) -> None:
+        """`seals`: of what this stage asks other replicas."""
         self.settings = settings
         self.failure: str | None = None
         self._stage: Stage | None = None
@@ -93,6 +95,7 @@ class StageService:
         self._waiting: deque[_Waiting] = deque()
         self._quick = _Quick(possible=not settings.cores_lock)  # in the event loop nobody may wait for other processes
         self._scorer = Scorer(settings, self._computed)
+        self._seals = seals or Seals()
         self._clock = clock
         self._expiry: asyncio.Task[None] | None = None  # while sequences are held
         self._leaving_s: float | None = None  # when the process was told to end
@@ -358,7 +361,8 @@ class StageService:
             metrics.handed_over("in", len(pieces.openings), pieces.kv_bytes)
 
         try:
-            await adopt(asked, held, install, export_event, min(PIECES_BYTES_MAX, self.settings.body_bytes_max))
+            bytes_max = min(PIECES_BYTES_MAX, self.settings.body_bytes_max)
+            await adopt(asked, held, install, export_event, bytes_max, self._seals)
         except (StageError, FetchFailed) as error:  # the chain sends again what is missing
             log.warning("adoption_failed", source=asked.source, error=str(error), fetched_bytes=fetched_bytes)
         positions = {sequence: stage.kv.position(sequence) for sequence in asked.sequences}

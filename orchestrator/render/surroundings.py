@@ -24,6 +24,12 @@ _EVENTS = {
     events.STEPPED: "a stage's answer to step: hidden states, or tokens from the last one",
     events.RELEASE: "to a stage: free the caches of these sequences",
     events.RELEASED: "a stage's answer to release",
+    events.RENEW: "to a stage: keep the caches of these sequences",
+    events.RENEWED: "a stage's answer to renew: the sequences that it does not hold",
+    events.ADOPT: "to a stage: fetch these sequences from a replica that ends",
+    events.ADOPTED: "a stage's answer to adopt: what it has of them now",
+    events.EXPORT: "to a stage, from another replica of it: keys and values of these sequences",
+    events.EXPORTED: "a stage's answer to export",
     events.ERROR: "a stage's answer to what it could not do",
 }
 _SCORE = "to a stage, and its answer: whole texts on their way through all stages, for scores and embeddings"
@@ -63,7 +69,7 @@ def plan_config_map(what: Deployment) -> Tree:
 
 
 def network_policy(what: Deployment) -> Tree:
-    """Only the orchestrator, and Knative on its behalf, reach the stages' pods."""
+    """Only the orchestrator, Knative on its behalf, and each other reach the stages' pods."""
     around = what.around or Surroundings()
     knative = [_namespace(name) for name in ("knative-serving", *around.ingress_namespaces)]
     rules: list[Tree] = [
@@ -72,6 +78,10 @@ def network_policy(what: Deployment) -> Tree:
             "ports": Noted(
                 _ports(*_REQUESTS), "straight to a replica's queue-proxy, past nothing that counts or limits"
             ),
+        },
+        {
+            "from": [{"podSelector": {"matchLabels": pod_labels(what, "stage")}}],
+            "ports": Noted(_ports(*_REQUESTS), "a replica that ends hands over what it holds to another of its stage"),
         },
         {
             "from": knative,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from jsonschema import Draft202012Validator
 
 from functions.contract import events
 from functions.contract.errors import StageError
+from functions.contract.handover import Adopt, Export
 from functions.contract.messages import StageInfo, Step
 from functions.contract.sampling import SamplingParams
 
-REPLY_TYPES = {events.WOKEN, events.STEPPED, events.RELEASED, events.ERROR}
+REPLY_TYPES = {
+    events.WOKEN, events.STEPPED, events.RELEASED, events.RENEWED, events.ADOPTED, events.EXPORTED, events.ERROR,
+}  # fmt: skip
+KEY = "0123456789abcdef" * 2
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,9 @@ Exchange = tuple[dict[str, str], bytes, httpx.Response]
 def exchanges(stages: list[Any], step_of: Callable[..., Step]) -> Iterator[Exchange]:
     """A request of each kind, good and bad, with its reply."""
     params = SamplingParams(temperature=0.5, logprobs=3, logit_bias={5: 1.5}, seed=7)
-    opening = b"".join(step_of((20, 0, [1, 2]), (21, 0, [3]), params=params).to_body())
+    step = step_of((20, 0, [1, 2]), (21, 0, [3]), params=params)
+    keyed = {sequence: replace(opening, key=KEY) for sequence, opening in step.openings.items()}
+    opening = b"".join(replace(step, openings=keyed).to_body())
     hidden = b""
     for kind, content_type, body in [
         (events.WAKE, None, b""),
@@ -60,6 +66,10 @@ def exchanges(stages: list[Any], step_of: Callable[..., Step]) -> Iterator[Excha
         (events.STEP, events.TENSORS, b"".join(step_of((20, 2, [1])).to_body())),
         (events.STEP, events.TENSORS, b"".join(step_of((22, 2, [1])).to_body())),
         (events.STEP, events.TENSORS, b"".join(step_of((22, 0, [1] * 300)).to_body())),
+        (events.RENEW, events.JSON, b'{"sequences": [20, 99]}'),
+        (events.EXPORT, events.JSON, Export(KEY, {99: 0, 20: 1, 21: 0}, 1 << 20).to_body()),
+        (events.EXPORT, events.JSON, Export(KEY, {99: 0}, 1 << 20).to_body()),
+        (events.ADOPT, events.JSON, Adopt(f"{stages[0].url}/", KEY, (20, 99)).to_body()),
         (events.RELEASE, events.JSON, b'{"sequences": [20, 99]}'),
     ]:
         headers = stages[0].headers(kind, content_type=content_type, ce_lane="a1")
@@ -139,9 +149,10 @@ def test_page_names_every_event_type_and_parameter(root: Path) -> None:
 def test_json_of_the_page_is_as_the_schema_says(root: Path, schema: Any) -> None:
     page = (root / "docs" / "events.md").read_text()
     woken = re.search(r'^{"model".*?}$', page, re.MULTILINE | re.DOTALL)
-    opening, error = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    texts = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert woken is not None
-    for name, text in (("stageInfo", woken[0]), ("openings", opening), ("errorData", error)):
+    names = ["stageInfo", "openings", *(f"{name}/properties/data" for name in ("adopt", "adopted", "export"))]
+    for name, text in zip([*names, "errorData"], [woken[0], *texts], strict=True):
         Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": schema["$defs"]}).validate(json.loads(text))
 
 

@@ -23,6 +23,7 @@ from functions.contract.frames import Frame
 from functions.contract.handover import Adopt, Adopted, Export, Piece, Pieces
 from functions.contract.messages import Opening, Samples, Slice, Step
 from functions.contract.sampling import SamplingParams
+from functions.contract.seals import Seals
 from functions.contract.spans import BlockSpan
 from functions.handover import FetchFailed, fetch
 from functions.runner import Runner, load_runner
@@ -327,7 +328,7 @@ def answering() -> Iterator[Callable[[bytes], str]]:
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 async def test_any_other_answer_is_one_kind_of_failure(answering: Callable[[bytes], str], answer: bytes) -> None:
     with pytest.raises((FetchFailed, StageError)):
-        await fetch(answering(answer), EVENT, 1000)
+        await fetch(answering(answer), EVENT, 1000, Seals())
 
 
 # -- after SIGTERM

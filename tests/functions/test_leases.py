@@ -102,7 +102,7 @@ def test_released_sequences_have_no_lease(stage: Stage, step_of: StepOf, clock: 
 
 
 def service_of(stage: Stage, clock: Clock, **settings: Any) -> StageService:
-    service = StageService(StageSettings(model="unused", blocks="0:4", plan="p", **settings), clock)
+    service = StageService(StageSettings(model="unused", blocks="0:4", plan="p", **settings), clock=clock)
     service._stage = stage  # loaded already
     return service
 
@@ -153,7 +153,7 @@ async def test_a_renewal_keeps_sequences_and_names_those_that_are_gone(
 
 
 async def test_a_stage_that_loads_knows_no_sequence(clock: Clock) -> None:
-    service = StageService(StageSettings(model="unused", blocks="0:4", plan="p"), clock)
+    service = StageService(StageSettings(model="unused", blocks="0:4", plan="p"), clock=clock)
     reply = await ask(service, events.RENEW, b'{"sequences": [7]}')
     assert json.loads(bytes(reply.data)) == {"unknown": [7]}
 

@@ -35,7 +35,7 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "DTYPE": "bfloat16", "DEVICE": "cuda:1", "KV_BYTES_MAX": "123", "BODY_BYTES_MAX": "456", "THREADS": "2",
         "REPLICA": "10.0.0.1:8012", "KV_SHARE": "0.5", "MODEL_WAIT_S": "7.5",
         "SCORE_TOKENS_MAX": "9", "CLAIMS": "s3://b/c", "CLAIM_BYTES": "0", "CLAIM_AGE_S": "1.5", "QUANTIZE": "int8",
-        "CORES_LOCK": "/tmp/cores.lock",
+        "CORES_LOCK": "/tmp/cores.lock", "KV_LEASE_S": "1.25", "GRACE_S": "3.5",
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(f"STAGE_{name}", value)
