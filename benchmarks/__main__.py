@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import uvloop
 from rich.console import Console
 
 from benchmarks import goals, report
@@ -76,7 +76,7 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: processes and temporary files go
     with tempfile.TemporaryDirectory(prefix="stagecraft-bench-") as folder:
         bench = Bench(Path(folder), quick, 1 if quick else rounds)
-        sections, failed = asyncio.run(_measure(names, bench, console))
+        sections, failed = uvloop.run(_measure(names, bench, console))  # as the orchestrator runs
     verdicts = goals.judge(sections, names)
     facts = [verdict.to_json() for verdict in verdicts]
     report.write(output, sections, quick=quick, load_before=load_before, first=first, goals=facts)
