@@ -19,7 +19,8 @@ def tables(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     verdicts = [_verdict(goal) for goal in data.get("goals", [])]
     lines = [
-        f"{data['date']}, {data['cores']} CPU cores ({data['machine']}), load {data['load_before']} before the run, "
+        f"{data['date']}, {data['cores']} CPU cores ({data['machine']}), load {data['load_before']} before the run"
+        f"{', before other programs' if data['before_other_programs'] else ''}, "
         f"Python {data['python']}, {versions}.",
         "",
         f"| {' | '.join(HEADINGS)} |",

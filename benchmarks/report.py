@@ -96,6 +96,7 @@ def write(
     *,
     quick: bool,
     load_before: float,
+    first: bool = False,
     goals: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """The figures and the verdicts on `goals`, with what they were measured on. Raises OSError."""
@@ -103,6 +104,7 @@ def write(
     data = {
         **surroundings(),
         "load_before": round(load_before, 2),
+        "before_other_programs": first,
         "quick": quick,
         "figures": [f.to_json() for s in sections for f in s.figures],
         "goals": list(goals),

@@ -14,7 +14,12 @@
 #define PANEL 32
 #define LANES 16
 #define CACHE_LINE 64 /* bytes */
+#define INPUT_BYTES (512 << 10) /* of the rows that go through all panels together: they stay in a core's own cache */
+#define ROWS_EVEN 12 /* a multiple of each ROWS_MAX: blocks of rows are whole wherever they begin */
 #define INLINE static inline __attribute__((always_inline))
+
+/* Has the compiler keep a pointer as it is, and not put others in its place. */
+#define KEEP(pointer) __asm__("" : "+r"(pointer))
 
 /* Sixteen floats at a time; the compiler makes of it what the processor has. */
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
@@ -36,7 +41,8 @@ typedef struct {
     int32_t threads;
 } Linear;
 
-typedef void Panel(const Linear *l, int index);
+/* The results of the rows from `first` to before `end` for one panel. */
+typedef void Panel(const Linear *l, int index, int64_t first, int64_t end);
 
 #define FLOATS(at) CONVERTED(at)
 #define NAME(name) name##_any
@@ -84,8 +90,14 @@ void packed_linear(const Linear *l)
     if (l->rows < 1) return;
     Panel *panel = best(l->scale != NULL);
     int panels = (l->outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(l->threads) if (l->threads > 1)
-    for (int index = 0; index < panels; index++) panel(l, index);
+    int64_t fitting = INPUT_BYTES / (l->inputs * (int64_t)sizeof(float)), least = 8 * ROWS_EVEN;
+    int64_t together = fitting < least ? least : fitting / ROWS_EVEN * ROWS_EVEN;
+#pragma omp parallel num_threads(l->threads) if (l->threads > 1)
+    for (int64_t first = 0; first < l->rows; first += together) {
+        int64_t end = l->rows - first < together ? l->rows : first + together;
+#pragma omp for schedule(static) nowait
+        for (int index = 0; index < panels; index++) panel(l, index, first, end);
+    }
 }
 
 /* Writes `outputs` rows of weights [outputs, inputs], of `item` bytes each, which become the outputs from `first` on,

@@ -7,8 +7,14 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
                        const char *next, int64_t pace, const int rows, const int item)
 {
     Lanes acc[ROWS_MAX][2];
+    /* The inputs of three rows are reached from one pointer: with a pointer for each row they do not fit into the
+     * registers, and fetching them from elsewhere takes the time of a multiplication. */
+    const int64_t row = l->x_row;
+    const float *three[(ROWS_MAX + 2) / 3];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (Lanes){0};
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r += 3) three[r / 3] = x + r * row;
     for (int64_t i = 0; i < l->inputs; i++) {
         const char *at = panel + i * PANEL * item;
         Lanes w0, w1;
@@ -20,9 +26,14 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
         __builtin_prefetch(next + i * pace, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const float factor = x[r * l->x_row + i];
+            const float factor = three[r / 3][r % 3 * row];
             acc[r][0] += w0 * factor;
             acc[r][1] += w1 * factor;
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r += 3) {
+            three[r / 3]++;
+            KEEP(three[r / 3]);
         }
     }
 #pragma GCC unroll 16
@@ -47,24 +58,31 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
 #define CASE(n) \
     case n: NAME(tile)(l, x, panel, y, scale, columns, next, pace, n < ROWS_MAX ? n : ROWS_MAX, item); break;
 
-INLINE void NAME(panel)(const Linear *l, int index, const int item)
+INLINE void NAME(panel)(const Linear *l, int index, int64_t first, int64_t end, const int item)
 {
     const char *panel = (const char *)l->panels + (int64_t)index * l->inputs * PANEL * item;
     const float *scale = item == 1 ? l->scale + index * PANEL : NULL;
     int columns = l->outputs - index * PANEL < PANEL ? l->outputs - index * PANEL : PANEL;
     /* the next panel, shared out to the blocks of rows; of the last one it is harmless to fetch what is not there */
-    int64_t blocks = (l->rows + ROWS_MAX - 1) / ROWS_MAX, share = (PANEL * item + blocks - 1) / blocks;
+    int64_t blocks = (end - first + ROWS_MAX - 1) / ROWS_MAX, share = (PANEL * item + blocks - 1) / blocks;
     int64_t pace = share < CACHE_LINE ? share : CACHE_LINE;
-    for (int64_t row = 0; row < l->rows; row += ROWS_MAX) {
-        const char *next = panel + l->inputs * (PANEL * item + row / ROWS_MAX * pace);
+    for (int64_t row = first; row < end; row += ROWS_MAX) {
+        const char *next = panel + l->inputs * (PANEL * item + (row - first) / ROWS_MAX * pace);
         const float *x = l->x + row * l->x_row;
         float *y = l->y + row * l->y_row + index * PANEL;
-        switch (l->rows - row < ROWS_MAX ? l->rows - row : ROWS_MAX) {
+        switch (end - row < ROWS_MAX ? end - row : ROWS_MAX) {
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
         }
     }
 }
 #undef CASE
 
-static void NAME(floats)(const Linear *l, int index) { NAME(panel)(l, index, sizeof(float)); }
-static void NAME(whole)(const Linear *l, int index) { NAME(panel)(l, index, 1); }
+static void NAME(floats)(const Linear *l, int index, int64_t first, int64_t end)
+{
+    NAME(panel)(l, index, first, end, sizeof(float));
+}
+
+static void NAME(whole)(const Linear *l, int index, int64_t first, int64_t end)
+{
+    NAME(panel)(l, index, first, end, 1);
+}

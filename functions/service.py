@@ -10,7 +10,6 @@ import json
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import TypeVar
@@ -44,10 +43,9 @@ T = TypeVar("T")
 
 TAKEN_TYPES = (*events.REQUEST_TYPES, SCORE, RESULT)
 
-
 _LOOKS_PER_LEASE = 4  # for sequences whose lease is over
 _QUIET_S = 3.0  # so long after SIGTERM a stage waits for whoever holds sequences here; chains probe once a second
-_QUICK_S = 0.001
+_QUICK_S = 0.003
 _TOGETHER_TOKENS_MAX = 1024  # of several steps in one pass: more would make the short ones wait for the long
 
 
@@ -63,8 +61,11 @@ class _Waiting:
 
 
 class _Quick:
-    """Which steps are over so soon that the way to another thread and back would take longer, and are computed in the
-    event loop's own: so many tokens as have taken less than a millisecond before."""
+    """Which steps are over so soon that the way to another thread and back would be felt, and are computed in the event
+    loop's own: so many tokens as have taken less than three milliseconds before.
+
+    Only with one thread: where two have torch's threads work for them, there are more of these than cores, and OpenMP
+    puts them to sleep at once. And not where other processes may hold the cores: nobody may wait for them here."""
 
     def __init__(self, possible: bool) -> None:
         self._possible = possible
@@ -92,8 +93,8 @@ class StageService:
         # one thread: the stage is not made for two, and torch uses the cores by itself
         self._compute = ComputeThread("compute")
         self._cores = _open_cores(settings.cores_lock)
-        self._waiting: deque[_Waiting] = deque()
-        self._quick = _Quick(possible=not settings.cores_lock)  # in the event loop nobody may wait for other processes
+        self._waiting: dict[_Waiting, None] = {}  # in the order in which they came
+        self._quick = _Quick(possible=not settings.cores_lock and settings.torch_threads() == 1)
         self._scorer = Scorer(settings, self._computed)
         self._seals = seals or Seals()
         self._clock = clock
@@ -200,7 +201,7 @@ class StageService:
         if event.content_type != events.TENSORS:
             raise InvalidEvent(f"the data of a step is {events.TENSORS}, got {event.content_type!r}")
         waiting = _Waiting(Step.from_body(event.data), time.perf_counter(), gone)
-        self._waiting.append(waiting)
+        self._waiting[waiting] = None
         self._watch_leases(stage)
         try:
             if self._compute.idle and self._quick.takes(waiting.step):
@@ -208,8 +209,7 @@ class StageService:
             else:
                 answer = await self._in_turn(self._compute_waiting, stage, waiting)
         finally:
-            with contextlib.suppress(ValueError):  # it is still there only if its sender has left
-                self._waiting.remove(waiting)
+            self._waiting.pop(waiting, None)  # it is still there only if its sender has left
         metrics.TOKENS.inc(len(waiting.step.tokens))
         extra = {"computeus": str(round(waiting.compute_s * 1e6))}
         data, *rest = answer.to_body()
@@ -239,8 +239,7 @@ class StageService:
             together.append(waiting)
             sequences |= its
         for waiting in together:
-            with contextlib.suppress(ValueError):  # its sender has left in this moment
-                self._waiting.remove(waiting)
+            self._waiting.pop(waiting, None)  # its sender may have left in this moment
         return together
 
     def _compute_together(self, stage: Stage, together: list[_Waiting]) -> None:

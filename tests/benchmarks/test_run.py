@@ -110,6 +110,19 @@ def test_goals_choose_the_figures_by_themselves(root: Path) -> None:
     assert "--only cannot" in done.stderr
 
 
+def test_real_time_needs_a_right(root: Path, tmp_path: Path) -> None:
+    limits = "import os; os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))"
+    allowed = subprocess.run([sys.executable, "-c", limits], capture_output=True, check=False).returncode == 0
+    output = tmp_path / "x.json"
+    done = run(root, "--first", "--quick", "--only", "hop", "--output", str(output))
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        assert json.loads(output.read_text())["before_other_programs"] is True
+    else:
+        assert done.returncode == 2
+        assert "CAP_SYS_NICE" in done.stderr
+
+
 def test_help_shows_examples(root: Path) -> None:
     done = run(root, "--help")
     assert done.returncode == 0

@@ -110,6 +110,17 @@ def test_a_row_gets_the_same_bits_in_any_company_and_from_any_number_of_threads(
 
 
 @needs_kernel
+@pytest.mark.parametrize("int8", [False, True])
+def test_many_rows_go_through_the_panels_in_blocks(int8: bool) -> None:
+    layer, states = linear(1500, 70, int8=int8), torch.randn(300, 1500)  # 96 rows at a time
+    panels = Panels([layer])
+    together = panels.product(states)
+    torch.testing.assert_close(together, layer(states), atol=1e-3, rtol=1e-4)
+    for part in (slice(90, 100), slice(95, 200), slice(288, 300), slice(299, 300)):
+        assert torch.equal(panels.product(states[part]), together[part])
+
+
+@needs_kernel
 def test_what_int8_panels_give_is_weights_times_scale() -> None:
     """Exact: whole numbers, which floats sum up without an error."""
     layer = Int8Linear(nn.Linear(64, 37, bias=False, device="meta"))

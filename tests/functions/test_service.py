@@ -57,8 +57,8 @@ def counting(stage_of: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) ->
     stage.runner.run = found._run
 
 
-def service_of(stage: Stage) -> StageService:
-    service = StageService(StageSettings(model="unused", blocks="0:4", plan="p"))
+def service_of(stage: Stage, threads: int = 1) -> StageService:
+    service = StageService(StageSettings(model="unused", blocks="0:4", plan="p", threads=threads))
     service._stage = stage  # loaded already
     return service
 
@@ -214,6 +214,11 @@ async def test_only_quick_steps_are_computed_in_the_event_loop(
             await ask(service, step_of((number + 1, 0, [1])))
         assert threads == expected
         threads.clear()
+    monkeypatch.setattr("functions.service._QUICK_S", 60.0)
+    service = service_of(stage, threads=2)  # whose teams of threads would hinder each other
+    for number in range(3):
+        await ask(service, step_of((number + 1, 0, [1])))
+    assert threads == [False] * 3
 
 
 async def test_memory_goes_with_the_last_sequence(
