@@ -37,7 +37,7 @@ class _Trouble:
     """What has gone wrong so far with a step at one stage."""
 
     failures: int = 0  # that count: after some of them the step is given up
-    silences: int = 0  # times that the service gave no reply within a limit that was only ours
+    silences: int = 0  # times that the service gave no reply within the limit
     hung: set[str] = field(default_factory=set)  # replicas that gave no reply in time
     lacking: Mapping[int, int] = field(default_factory=dict)  # tokens that the replica has of sequences, where too few
 
@@ -121,8 +121,8 @@ class Hops:
         return reply.data
 
     def _limit_s(self, lane: Lane, stage: StageClient, tokens: int, trouble: _Trouble | None) -> float:
-        """Seconds that the next hop may take. A service may hold it until there is a replica; but one that may lead to
-        a replica which hangs is asked again and again, with more and more patience."""
+        """Seconds that the next hop may take. A service may hold it until there is a replica, or give it to one that
+        hangs, and nobody can tell which: it is asked again and again, with more and more patience."""
         settings = self._pool.settings
         limit_s = self._deadlines.limit_s(
             stage.index, tokens, _now_s(), settings.hang_floor_s, max(settings.hang_floor_s, settings.step_timeout_s)
@@ -130,7 +130,7 @@ class Hops:
         if lane.route[stage.index] is not None:
             return min(limit_s, settings.step_timeout_s)
         most_s = max(settings.step_timeout_s, settings.wake_timeout_s - (_now_s() - lane.progress_s))
-        return most_s if trouble is None or not trouble.hung else min(most_s, limit_s * 2.0**trouble.silences)
+        return min(most_s, limit_s * 2.0 ** min(trouble.silences if trouble else 0, 30))
 
     def settle(self, lane: Lane, stage: StageClient, replica: str | None) -> None:
         """The lane's caches are at this replica (HOST:PORT) now; what it left behind at another is freed."""
@@ -165,7 +165,7 @@ class Hops:
         trouble.lacking = error.positions if isinstance(error, WrongPosition) else {}
         if isinstance(error, StageSilent) and asked is not None:
             self._alarm(lane, stage, trouble, asked)
-        elif isinstance(error, StageSilent) and trouble.hung:
+        elif isinstance(error, StageSilent):
             trouble.silences += 1
         elif asked is None or lane.route[stage.index] is not None:  # else the service has yet to be asked
             trouble.failures += 1

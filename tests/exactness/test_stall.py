@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY
 from orchestrator.generation import GenerationRequest
 
 HALVES = ["0:4", "4:8"]
-CONTEXT, NEW_TOKENS, ROUNDS = 512, 24, 10
+CONTEXT, NEW_TOKENS, ROUNDS = 512, 24, 5
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
 
@@ -26,6 +26,7 @@ def refilled(stage: int) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("lost", [0, 1])
 async def test_stall_after_the_loss_of_a_warm_stage(
     lost: int, start_replicas: Any, open_chain: Any, capsys: pytest.CaptureFixture[str]
