@@ -124,11 +124,9 @@ class Hops:
         """Seconds that the next hop may take. A service may hold it until there is a replica, or give it to one that
         hangs, and nobody can tell which: it is asked again and again, with more and more patience."""
         settings = self._pool.settings
-        limit_s = self._deadlines.limit_s(
-            stage.index, tokens, _now_s(), settings.hang_floor_s, max(settings.hang_floor_s, settings.step_timeout_s)
-        )
+        limit_s = self._deadlines.limit_s(stage.index, tokens, _now_s(), settings.hang_floor_s, settings.step_timeout_s)
         if lane.route[stage.index] is not None:
-            return min(limit_s, settings.step_timeout_s)
+            return limit_s
         most_s = max(settings.step_timeout_s, settings.wake_timeout_s - (_now_s() - lane.progress_s))
         return min(most_s, limit_s * 2.0 ** min(trouble.silences if trouble else 0, 30))
 

@@ -30,4 +30,4 @@ def step_times_text(profiles: Sequence[StageProfile | None]) -> str:
     stages = [dict((*profile.decode_s, *profile.prefill_s)) if profile is not None else {} for profile in profiles]
     if not any(stages):
         return ""
-    return ";".join(",".join(f"{tokens}:{times[tokens]:.6g}" for tokens in sorted(times)) for times in stages)
+    return ";".join(",".join(f"{tokens}:{times[tokens]:.3g}" for tokens in sorted(times)) for times in stages)

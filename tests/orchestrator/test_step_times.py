@@ -22,11 +22,11 @@ def settings(monkeypatch: pytest.MonkeyPatch, times: str, urls: str) -> tuple[ob
 
 
 def test_figures_survive_the_way() -> None:
-    slower = replace(PROFILE, decode_s=((1, 0.0051234),))
+    slower = replace(PROFILE, decode_s=((1, 0.00512),))
     assert read_step_times(step_times_text([PROFILE, None, slower])) == [
         ((1, 0.004), (8, 0.009), (128, 0.1), (512, 0.4)),
         (),
-        ((1, 0.0051234), (128, 0.1), (512, 0.4)),
+        ((1, 0.00512), (128, 0.1), (512, 0.4)),
     ]
 
 
