@@ -198,8 +198,8 @@ class Hops:
         gaps, lost = [], {}
         for sequence, piece in zip(flight.sequences, flight.step.slices, strict=True):
             position = trouble.lacking.get(piece.sequence)
-            if position is None:
-                continue
+            if position is None or not 0 <= position < piece.start:
+                continue  # it lacks nothing, or does not know what it says
             hidden = None
             if stage.index > 0:
                 hidden = self._journal.rows(stage.index, piece.sequence, position, piece.start)

@@ -164,3 +164,17 @@ def test_who_may_fill_a_share_only_leaves_the_rest_free(
     promised = ledger.promised(0, "a")
     assert ledger.fits(home, tokens, share) == (promised == 0 or promised + tokens <= share * budget)
     assert ledger.fits(home, tokens) or not ledger.fits(home, tokens, share)
+
+
+def test_another_replica_in_use_is_one_with_room_that_is_not_avoided() -> None:
+    ledger = KvLedger(1)
+    for replica in ("a", "b", "c"):
+        ledger.learn(0, replica, 100, 100)
+    assert ledger.another(0, 10, {"a"}) is None, "none is in use"
+    ledger.promise(["a"], 50)
+    ledger.promise(["b"], 95)
+    assert ledger.another(0, 10, {"a"}) is None
+    assert ledger.another(0, 5, {"a"}) == "b"
+    ledger.promise(["c"], 10)
+    assert ledger.another(0, 10, {"a"}) == "c"
+    assert ledger.another(0, 10, {"a", "c"}) is None
