@@ -36,6 +36,8 @@ def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "REPLICA": "10.0.0.1:8012", "KV_SHARE": "0.5", "MODEL_WAIT_S": "7.5",
         "SCORE_TOKENS_MAX": "9", "CLAIMS": "s3://b/c", "CLAIM_BYTES": "0", "CLAIM_AGE_S": "1.5", "QUANTIZE": "int8",
         "CORES_LOCK": "/tmp/cores.lock", "KV_LEASE_S": "1.25", "GRACE_S": "3.5",
+        "CONNECTIONS_MAX": "10", "HEADERS_MAX": "11", "HEADER_BYTES_MAX": "12", "RECEIVE_TIMEOUT_S": "1.25",
+        "SIGNING_KEY_FILE": "/tmp/keys", "CLOCK_SKEW_S": "2.5", "UNSIGNED_SCORES": "allow",
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(f"STAGE_{name}", value)
