@@ -13,6 +13,7 @@ packed one after another without padding:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -207,6 +208,29 @@ class StageInfo:
     sequences: int
     kv_lease_s: float = 0.0  # after so long without a step or a renewal a sequence is freed; 0: never
 
+    @classmethod
+    def from_json(cls, data: Any) -> StageInfo:
+        """Members that this release does not know are left out. Raises ValueError for one that is missing or of another
+        type, since admission computes with them."""
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        values = {member.name: data[member.name] for member in fields(cls) if member.name in data}
+        blocks = values.get("blocks")
+        if not isinstance(blocks, list) or len(blocks) != 2 or not all(_is_count(block) for block in blocks):
+            raise ValueError("blocks must be two whole numbers")
+        values["blocks"] = (blocks[0], blocks[1])
+        for member in fields(cls):
+            if member.type == "str" and not isinstance(values.get(member.name, ""), str):
+                raise ValueError(f"{member.name} must be a text")
+            if member.type == "int" and not _is_count(values.get(member.name, 0)):
+                raise ValueError(f"{member.name} must be a whole number of at least 0")
+            if member.type == "float" and not _is_seconds(values.get(member.name, 0.0)):
+                raise ValueError(f"{member.name} must be a number of at least 0")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
     @property
     def kv_tokens_free(self) -> int:
         return (self.kv_bytes_max - self.kv_bytes_used) // max(1, self.kv_bytes_per_token)
@@ -253,6 +277,14 @@ def read_frames(body: Buffer, required: Mapping[str, str], optional: set[str]) -
         if frames.arrays[name].dtype != dtype:
             raise InvalidEvent(f"{name} must be {dtype}, got {frames.arrays[name].dtype}")
     return frames
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def write_openings(openings: Mapping[int, Opening]) -> dict[str, str]:

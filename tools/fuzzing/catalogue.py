@@ -1,0 +1,113 @@
+"""All doors by name, and their share of a run that is for all of them."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.fuzzing.door import Door
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`share` of the inputs, by how fast the door is and how much there is behind it."""
+
+    about: str
+    share: int
+    open: Callable[[Path], Door]  # the folder is empty and the door's own
+
+
+def _stage_events(folder: Path) -> Door:
+    import torch
+
+    from tools.fuzzing.stage_doors import StageDoor
+
+    torch.set_num_threads(1)
+    return StageDoor(_tiny(folder), folder / "claims")
+
+
+def _public(folder: Path) -> Door:
+    import torch
+
+    from tools.fuzzing.http_doors import PublicDoor
+
+    torch.set_num_threads(1)
+    return PublicDoor(_tiny(folder))
+
+
+def _results(folder: Path) -> Door:
+    from tools.fuzzing.http_doors import ResultsDoor
+
+    return ResultsDoor(folder)
+
+
+def _broker(folder: Path) -> Door:
+    from tools.fuzzing.event_doors import BrokerDoor
+
+    return BrokerDoor()
+
+
+def _replies(folder: Path) -> Door:
+    from tools.fuzzing.event_doors import ReplyDoor
+
+    return ReplyDoor()
+
+
+def _checkpoints(folder: Path) -> Door:
+    from tools.fuzzing.checkpoint_doors import CheckpointDoor
+
+    return CheckpointDoor(_tiny(folder), folder / "hostile")
+
+
+def _loading(folder: Path) -> Door:
+    from tools.fuzzing.checkpoint_doors import LoadingDoor
+
+    return LoadingDoor(_tiny(folder), folder / "hostile")
+
+
+def _function(name: str) -> Callable[[Path], Door]:
+    def open_one(folder: Path) -> Door:
+        from tools.fuzzing import function_doors
+
+        return getattr(function_doors, name)()  # type: ignore[no-any-return]
+
+    return open_one
+
+
+def _tiny(folder: Path) -> Path:
+    from tools.fuzzing.tiny_model import save_tiny
+
+    save_tiny(folder / "model")
+    return folder / "model"
+
+
+DOORS: Mapping[str, Entry] = {
+    "stage-events": Entry("events to two stages in this process", 100, _stage_events),
+    "stage-replies": Entry("replies of stages, read by the orchestrator's client over a socket", 100, _replies),
+    "public": Entry("OpenAI, V1, V2, generate and events of the orchestrator, over two stages", 30, _public),
+    "results": Entry("the results service of batches", 50, _results),
+    "broker-events": Entry("CloudEvents in binary, structured and batched mode", 300, _broker),
+    "filters": Entry("filters of Triggers, CESQL among them", 150, _function("filter_door")),
+    "batch-lines": Entry("lines of batches, in and out", 200, _function("line_door")),
+    "plans": Entry("plan files", 15, _function("plan_door")),
+    "manifests": Entry("manifests in YAML and JSON", 15, _function("manifest_door")),
+    "settings": Entry("environments of stages and orchestrators", 20, _function("settings_door")),
+    "checkpoints": Entry(
+        "checkpoints, tokenizers and chat templates, as planning and serving read them", 20, _checkpoints
+    ),
+    "stage-loading": Entry("checkpoints, as a stage loads them", 1, _loading),
+}
+
+
+def open_door(name: str, folder: Path) -> Door:
+    """Opens a door of the catalogue, or one of another file: PATH.py:FUNCTION, which is given the folder."""
+    if name in DOORS:
+        return DOORS[name].open(folder)
+    file, _, function = name.rpartition(":")
+    return runpy.run_path(file)[function](folder)  # type: ignore[no-any-return]
+
+
+def is_door(name: str) -> bool:
+    return name in DOORS or ".py:" in name
