@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from pathlib import Path
 
 BLOCKS = 4
-CONTEXT = 256
-VOCABULARY = 257  # one token a byte, and an end
+CONTEXT = 512
+VOCABULARY = 256  # one token a byte; the end of a text is one more
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -47,4 +48,4 @@ def write_checkpoint(folder: Path) -> None:
 def spans(stages: int) -> list[str]:
     """Blocks of each stage, as even as can be."""
     cuts = [BLOCKS * stage // stages for stage in range(stages + 1)]
-    return [f"{start}:{end}" for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [f"{start}:{end}" for start, end in itertools.pairwise(cuts)]

@@ -219,7 +219,9 @@ class Fleet:
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
         await asyncio.sleep(wait_s)
-        while loop.time() - max(replica.proxy.last_event_s, begun_s) < _QUIET_S and loop.time() - begun_s < _DRAIN_S_MAX:
+        while (
+            loop.time() - max(replica.proxy.last_event_s, begun_s) < _QUIET_S and loop.time() - begun_s < _DRAIN_S_MAX
+        ):
             await asyncio.sleep(0.05)
         if replica.gone:
             return

@@ -112,8 +112,6 @@ async def _metrics(session: aiohttp.ClientSession, url: str) -> str:
 def _value(text: str, name: str) -> float | None:
     """The sum of a metric over its labels; None if it is not there."""
     values = [
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith(name) and line[len(name)] in " {"
+        float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name) and line[len(name)] in " {"
     ]
     return sum(values) if values else None

@@ -11,8 +11,7 @@ replica that it is for, at a point of the step's way:
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -70,8 +69,11 @@ class Fault:
         return f"#{self.number} {self.kind}{where}{part}, {self.seconds:.2f} s"
 
 
-def planned(seed: int, counts: Mapping[Kind, int], *, stages: int, tokens: int) -> tuple[Fault, ...]:
-    """The faults in their order: of each kind so many, while `tokens` are generated in `stages` stages."""
+def planned(
+    seed: int, counts: Mapping[Kind, int], *, stages: int, tokens: int, times: float = 1.0
+) -> tuple[Fault, ...]:
+    """The faults in their order: of each kind so many, while `tokens` are generated in `stages` stages. They last
+    `times` as long as they otherwise would."""
     chance = random.Random(f"faults {seed}")
     kinds = [kind for kind in KINDS for _ in range(counts.get(kind, 0))]
     chance.shuffle(kinds)
@@ -81,14 +83,14 @@ def planned(seed: int, counts: Mapping[Kind, int], *, stages: int, tokens: int) 
         if chance.random() < _TOGETHER:
             moments[index] = moments[index - 1]
     return tuple(
-        _fault(chance, number, kind, moment, stages)
+        _fault(chance, number, kind, moment, stages, times)
         for number, (kind, moment) in enumerate(zip(kinds, moments, strict=True), 1)
     )
 
 
-def _fault(chance: random.Random, number: int, kind: Kind, moment: int, stages: int) -> Fault:
+def _fault(chance: random.Random, number: int, kind: Kind, moment: int, stages: int, times: float) -> Fault:
     stage, point, part = chance.randrange(stages), chance.choice(POINTS), chance.choice(PARTS)
-    seconds = round(chance.uniform(0, _SECONDS_MAX.get(kind, 0.0)), 3)
+    seconds = round(times * chance.uniform(0, _SECONDS_MAX.get(kind, 0.0)), 3)
     return Fault(
         number,
         kind,
@@ -99,7 +101,3 @@ def _fault(chance: random.Random, number: int, kind: Kind, moment: int, stages: 
         part if kind == "corrupt" else None,
         chance.getrandbits(32),
     )
-
-
-def counts_of(faults: Sequence[Fault]) -> Counter[Kind]:
-    return Counter(fault.kind for fault in faults)
