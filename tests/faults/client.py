@@ -12,6 +12,7 @@ from typing import Any, Literal
 import aiohttp
 
 Verdict = Literal["right", "wrong", "duplicated", "lost", "hung"]
+_STARTING = ("not_ready", "model_not_ready", "shutting_down")  # codes of errors
 PATIENCE_S = 120.0  # without a whole answer for so long it counts as hung
 
 
@@ -46,7 +47,7 @@ class Refused(Exception):
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"{status}: {text[:300]}")
-        self.is_start = '"not_ready"' in text or '"shutting_down"' in text
+        self.is_start = any(f'"{code}"' in text for code in _STARTING)
 
 
 @dataclass(slots=True)

@@ -155,15 +155,14 @@ class Fleet:
 
     async def _watch(self, replica: Replica) -> None:
         """Asks whether it is ready, as a kubelet does, by the way that its events take."""
-        probe = Upstream(replica.port)
-        while not replica.gone:
-            try:
-                async with asyncio.timeout(_PROBE_S):
-                    replica.ready = (await probe.exchange(_READY)).status == 200
-            except (TimeoutError, OSError, EOFError, ValueError):
-                replica.ready = False
-            await asyncio.sleep(_PROBE_EVERY_S if replica.ready else 0.05)
-        probe.close()
+        with contextlib.closing(Upstream(replica.port)) as probe:
+            while not replica.gone:
+                try:
+                    async with asyncio.timeout(_PROBE_S):
+                        replica.ready = (await probe.exchange(_READY)).status == 200 and not replica.gone
+                except (TimeoutError, OSError, EOFError, ValueError):
+                    replica.ready = False
+                await asyncio.sleep(_PROBE_EVERY_S if replica.ready else 0.05)
 
     def _act_on(self, replica: Replica) -> Callable[[Fault], Awaitable[None]]:
         async def act(fault: Fault) -> None:
@@ -216,12 +215,12 @@ class Fleet:
 
     async def _end(self, replica: Replica, wait_s: float) -> None:
         """As Knative ends a pod: its queue-proxy serves until it is quiet, then the process is told by SIGTERM."""
-        loop = asyncio.get_running_loop()
-        begun_s = loop.time()
+        now_s = asyncio.get_running_loop().time
+        begun_s = now_s()
         await asyncio.sleep(wait_s)
-        while (
-            loop.time() - max(replica.proxy.last_event_s, begun_s) < _QUIET_S and loop.time() - begun_s < _DRAIN_S_MAX
-        ):
+        for _ in range(round(_DRAIN_S_MAX / 0.05)):
+            if now_s() - max(replica.proxy.last_event_s, begun_s) > _QUIET_S:
+                break
             await asyncio.sleep(0.05)
         if replica.gone:
             return
@@ -276,7 +275,7 @@ class Fleet:
     async def settled(self) -> None:
         """Waits until nothing is under way: each stage has its replicas again, all of them ready."""
         async with asyncio.timeout(START_TIMEOUT_S):
-            while not self._whole():
+            while not self._whole():  # noqa: ASYNC110 (what is waited for is told by probes)
                 await asyncio.sleep(0.05)
 
     def _whole(self) -> bool:

@@ -11,13 +11,15 @@ from tests.faults.workload import Ask
 
 
 def greedy_answers(folder: Path, asks: Sequence[Ask]) -> dict[int, tuple[int, ...]]:
-    """Token ids of the greedy ones among the asks, by their index. In fp32 on one thread's worth of CPU."""
+    """Token ids of the greedy ones among the asks, by their index; in fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # every answer has its full length, as with ignore_eos
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would only be in each other's way
     answers = {}
     for index, ask in enumerate(asks):
         if ask.sampling:
@@ -27,4 +29,5 @@ def greedy_answers(folder: Path, asks: Sequence[Ask]) -> dict[int, tuple[int, ..
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=ask.max_tokens, do_sample=False, pad_token_id=0
         )
         answers[index] = tuple(out[0, len(ask.prompt) :].tolist())
+    torch.set_num_threads(threads)
     return answers

@@ -117,11 +117,11 @@ async def disturbed_run(
     """Raises nothing for what is disturbed; RuntimeError if the fleet cannot be started or the undisturbed answers are
     not right."""
     diary = Diary()
-    greedy = await asyncio.to_thread(greedy_answers, setup.model, pool)
+    reference = asyncio.create_task(asyncio.to_thread(greedy_answers, setup.model, pool))
     others = residue.children()
     async with Fleet(setup, diary.tell) as fleet, aiohttp.ClientSession(connector=_connector()) as session:
         await fleet.settled()
-        expected = await _undisturbed(session, fleet, pool, greedy, at_once)
+        expected = await _undisturbed(session, fleet, pool, await reference, at_once)
         base_held = await residue.left_sequences(fleet, residue.EMPTY_S_MAX)
         if base_held:
             raise RuntimeError(f"before any fault, sequences are left: {base_held}")

@@ -1,4 +1,4 @@
-"""`python -m tests.faults.soak`: many generations while everything that can break does, and a table of what came of it."""
+"""`python -m tests.faults.soak`: generations while everything that can break does, and a table of what came of it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def main(
             again = f"--seed {seed} --generations {part} --faults {per_kind} --stages {count} --at-once {at_once}"
             again += f" --times {times:g}" + (f" --kinds {kinds}" if kinds else "")
             print(f'{count} stages; again with: make soak SOAK="{again}"', file=sys.stderr)
-            result = _run(seed, part, {kind: per_kind for kind in chosen}, count, at_once, times, folder, progress)
+            result = _run(seed, part, dict.fromkeys(chosen, per_kind), count, at_once, times, folder, progress)
             _keep(result, folder / f"{count}-stages", keep)
             results.append(result)
             for complaint in result.complaints:
@@ -90,7 +90,9 @@ def _run(
 ) -> Result:
     logs = folder / f"{stages}-stages"
     logs.mkdir()
-    pool = workload.asks(seed, vocabulary=VOCABULARY, prompt_max=PROMPT_MAX, tokens_max=TOKENS_MAX)
+    pool = workload.asks(
+        seed, vocabulary=VOCABULARY, prompt_max=PROMPT_MAX, tokens_max=TOKENS_MAX, count=min(generations, workload.POOL)
+    )
     runs = workload.generations(seed, generations, len(pool))
     faults = planned(seed, counts, stages=stages, tokens=workload.tokens_of(runs, pool), times=times)
     bar = progress.add_task(f"{stages} stages", total=generations, faults=0)

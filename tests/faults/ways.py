@@ -30,9 +30,10 @@ def has_leases() -> bool:
 
 
 def kinds() -> tuple[Kind, ...]:
-    """Those that can be survived: without digests, flipped bits change texts."""
-    digests = importlib.util.find_spec("functions.contract.seals") is not None
-    return KINDS if digests else tuple(kind for kind in KINDS if kind != "corrupt")
+    """Those that can be survived: without digests, flipped bits change texts, and without deadlines whatever is silent
+    is waited for."""
+    needed = {"corrupt": "functions.contract.seals", "stop": "orchestrator.deadlines", "drop": "orchestrator.deadlines"}
+    return tuple(kind for kind in KINDS if kind not in needed or importlib.util.find_spec(needed[kind]) is not None)
 
 
 def setup(model: Path, folder: Path, stages: int, *, blocks: Sequence[str] | None = None) -> Setup:

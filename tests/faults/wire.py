@@ -1,6 +1,6 @@
 """HTTP/1.1 messages as the bytes that they are, so that each of them can be spoilt. Spec: RFC 9112.
 
-Only bodies with Content-Length and chunked ones are read, which is all that stages, queue-proxies and their clients send.
+Bodies with Content-Length and chunked ones are read, which is all that stages, queue-proxies and their clients send.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-POOL = 48  # different requests; their answers are computed beforehand, so they are used again
+POOL = 48  # different requests at the most; their answers are computed beforehand, so they are used again
 
 
 @dataclass(frozen=True, slots=True)
