@@ -60,19 +60,19 @@ class Line:
 
 
 class Client:
-    """`may_retry` says whether an attempt that began when this many orchestrators had been started may be repeated: one
-    that was lost with its orchestrator. `on_token` is called for each token as it arrives, of whatever attempt."""
+    """`epoch` is the fleet's: an attempt may be repeated if it was lost with its orchestrator, and only then. `on_tokens`
+    is called for tokens as they arrive, of whatever attempt."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         base_url: str,
-        starts: Callable[[], int],
+        epoch: Callable[[], int],
         on_tokens: Callable[[int], None],
     ) -> None:
         self._session = session
         self._url = f"{base_url}/openai/v1/completions"
-        self._starts = starts
+        self._epoch = epoch
         self._on_tokens = on_tokens
 
     async def run(self, body: dict[str, Any], key: str, expected: Expected | None, line: Line) -> Outcome:
@@ -89,7 +89,7 @@ class Client:
         self, body: dict[str, Any], key: str, expected: Expected | None, line: Line, outcome: Outcome
     ) -> None:
         while True:
-            began = self._starts()
+            began = self._epoch()
             outcome.attempts += 1
             line.seen.clear()
             try:
@@ -98,15 +98,18 @@ class Client:
             except Disconnected:
                 line.leave.clear()
             except Refused as error:
-                if not error.is_start or self._starts() == 1:
+                if not (error.is_start and self._may_repeat(began)):
                     outcome.verdict, outcome.note = "lost", str(error)
                     return
                 await asyncio.sleep(0.1)
             except (Broken, aiohttp.ClientError, OSError) as error:
-                if self._starts() == began and not isinstance(error, aiohttp.ClientConnectorError):
+                if not self._may_repeat(began):
                     outcome.verdict, outcome.note = "lost", f"{type(error).__name__}: {error}"
                     return
                 await asyncio.sleep(0.05)
+
+    def _may_repeat(self, began: int) -> bool:
+        return began % 2 == 1 or self._epoch() != began
 
     async def _attempt(
         self, body: dict[str, Any], key: str, expected: Expected | None, line: Line, outcome: Outcome

@@ -77,7 +77,7 @@ class Fleet:
         self.armed = [Armed(stage, tell) for stage in range(len(setup.spans))]
         self.replicas: list[Replica] = []
         self.orchestrator: Process | None = None
-        self.orchestrator_starts = 0  # also counts those that are about to be
+        self.epoch = 0  # of the orchestrator: even while one serves, odd while there is none
         self._tell = tell
         self._ports = Ports()
         self._agents = Agents(setup.folder / "agents")
@@ -236,7 +236,6 @@ class Fleet:
 
     async def start_orchestrator(self) -> None:
         """Returns when it is ready."""
-        self.orchestrator_starts += 1
         environment = {
             **os.environ,
             "ORCHESTRATOR_MODEL": str(self.setup.model),
@@ -248,7 +247,7 @@ class Fleet:
             "ORCHESTRATOR_GRPC_PORT": "0",
             **self.setup.orchestrator_settings,
         }
-        log = str(self.setup.folder / f"orchestrator-{self.orchestrator_starts}.log")
+        log = str(self.setup.folder / f"orchestrator-{self.epoch // 2 + 1}.log")
         start = Start((), "orchestrator.server", (), environment, "", log)
         self.orchestrator = await self._agents.run(start, _ORCHESTRATOR_MODULES)
         process = self.orchestrator
@@ -261,13 +260,13 @@ class Fleet:
     async def replace_orchestrator(self, wait_s: float) -> None:
         """SIGKILL, and another at the same address some time later."""
         assert self.orchestrator is not None
+        self.epoch += 1
         self.orchestrator.send(signal.SIGKILL)
-        self.orchestrator_starts += 1  # before any client can see it gone
         await self.orchestrator.ended
         self._tell("killed the orchestrator")
         await asyncio.sleep(wait_s)
-        self.orchestrator_starts -= 1
         await self.start_orchestrator()
+        self.epoch += 1
         self._tell("the orchestrator is back")
 
     # -- small things

@@ -161,7 +161,7 @@ async def _undisturbed(
     at_once: int,
 ) -> list[Expected]:
     """The answers of the fleet before any fault; greedy ones must be those of Transformers. Raises RuntimeError."""
-    client = Client(session, fleet.base_url, lambda: fleet.orchestrator_starts, lambda tokens: None)
+    client = Client(session, fleet.base_url, lambda: fleet.epoch, lambda tokens: None)
     limit = asyncio.Semaphore(at_once)
 
     async def one(index: int) -> Outcome:
@@ -191,7 +191,7 @@ async def _disturbed(
     progress: Progress,
     at_once: int,
 ) -> dict[int, Outcome]:
-    client = Client(session, fleet.base_url, lambda: fleet.orchestrator_starts, injector.take_in)
+    client = Client(session, fleet.base_url, lambda: fleet.epoch, injector.take_in)
     outcomes: dict[int, Outcome] = {}
     left = iter(runs)
 
