@@ -18,6 +18,8 @@ ONCE    ?=
 TESTS   ?= tests
 WORKERS ?= 2
 BENCH   ?=
+SOAK    ?=
+STALL   ?=
 
 REGISTRY ?=
 TAG      ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -28,7 +30,7 @@ IMAGES   := $(if $(REGISTRY),$(REGISTRY:/=)/)stagecraft
 
 export PROMPT
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-install lint format bench images clean
+.PHONY: help run test test-slow test-install lint format bench soak stall images clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +58,12 @@ format: $(STAMP) ## rewrite the code in the project's style
 
 bench: $(STAMP) ## measure, and print tables and JSON lines, the goals last; BENCH=--goals leaves out what no goal needs
 	$(BIN)/python -m benchmarks $(BENCH)
+
+soak: $(STAMP) ## inject faults while answers are generated, check each, print a table; SOAK="--seed 17 --generations 40"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(SOAK)
+
+stall: $(STAMP) ## measure how long a stream stands still when a stage's replica is killed; STALL="--kills 40"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.stall $(STALL)
 
 images: ## build the container images; REGISTRY=, TAG=, VARIANT=cpu|cuda, ENGINE=docker|podman
 	@case '$(VARIANT)' in cpu | cuda) ;; *) echo "VARIANT must be cpu or cuda, got '$(VARIANT)'" >&2; exit 2 ;; esac

@@ -45,7 +45,7 @@ def write_checkpoint(folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def spans(stages: int) -> list[str]:
+def spans(stages: int, blocks: int = BLOCKS) -> list[str]:
     """Blocks of each stage, as even as can be."""
-    cuts = [BLOCKS * stage // stages for stage in range(stages + 1)]
+    cuts = [blocks * stage // stages for stage in range(stages + 1)]
     return [f"{start}:{end}" for start, end in itertools.pairwise(cuts)]

@@ -60,8 +60,8 @@ class Line:
 
 
 class Client:
-    """`epoch` is the fleet's: an attempt may be repeated if it was lost with its orchestrator, and only then. `on_tokens`
-    is called for tokens as they arrive, of whatever attempt."""
+    """`epoch` is the fleet's: an attempt may be repeated if it was lost with its orchestrator, and only then.
+    `on_tokens` is called for tokens as they arrive, of whatever attempt."""
 
     def __init__(
         self,
