@@ -29,6 +29,7 @@ from functions.contract.logs import configure_logs
 from knative.eventing.store_errors import StoreError
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
+from orchestrator.metrics import watch_tasks
 from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
 from orchestrator.tokenizer import TokenizerError, load_tokenizer
 
@@ -251,6 +252,7 @@ def _lifespan(starts: Sequence[Hook], closes: Sequence[Hook], outcome: Outcome) 
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
+        watch_tasks(asyncio.get_running_loop())
         starting = asyncio.create_task(started())
         try:
             yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import pytest
 
@@ -24,16 +23,23 @@ MOMENT_S = 0.05
 
 
 class Echo(Relay):
-    """Answers each request with its own body, and remembers them."""
+    """Answers each request with its own body, once the gate is open, and remembers them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Message] = []
         self.answered: list[Message] = []
+        self.given_up: list[Message] = []  # whoever had asked has gone
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def answer(self, request: Message) -> Answer:
         self.seen.append(request)
-        await asyncio.sleep(0.01)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.given_up.append(request)
+            raise
         self.answered.append(request)
         return page(200, request.body.decode("latin-1"))
 
@@ -217,16 +223,18 @@ async def test_a_replica_that_drains_says_so_to_probes(scene: Scene) -> None:
 
 async def test_a_client_that_goes_is_told_on(scene: Scene) -> None:
     """The stage's end sees the connection close, so that a step whose sender has left is not computed."""
+    scene.echo.gate.clear()
     first = asyncio.ensure_future(scene.ask())
     await until(lambda: bool(scene.echo.seen))
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
-    await asyncio.sleep(0.1)
+    await until(lambda: scene.echo.given_up == [STEP])
     assert scene.echo.answered == []
 
 
 async def test_a_closed_proxy_refuses(scene: Scene) -> None:
-    waiting: Any = asyncio.ensure_future(scene.ask())
+    scene.echo.gate.clear()
+    waiting = asyncio.ensure_future(scene.ask())
     await until(lambda: bool(scene.echo.seen))
     await scene.proxy.close()
     with pytest.raises((OSError, EOFError)):
