@@ -13,7 +13,7 @@ import aiohttp
 
 Verdict = Literal["right", "wrong", "duplicated", "lost", "hung"]
 _STARTING = ("not_ready", "model_not_ready", "shutting_down")  # codes of errors
-PATIENCE_S = 120.0  # without a whole answer for so long it counts as hung
+PATIENCE_S = 180.0  # without a whole answer for so long it counts as hung
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,8 +77,8 @@ def planned(
     chance = random.Random(f"faults {seed}")
     kinds = [kind for kind in KINDS for _ in range(counts.get(kind, 0))]
     chance.shuffle(kinds)
-    # none at the very end, where it would hit nobody
-    moments = sorted(chance.randrange(1, max(2, int(tokens * 0.95))) for _ in kinds)
+    # none at the end, where nobody may be left to be hit: whole answers are counted when they end
+    moments = sorted(chance.randrange(1, max(2, int(tokens * 0.85))) for _ in kinds)
     for index in range(1, len(moments)):
         if chance.random() < _TOGETHER:
             moments[index] = moments[index - 1]
