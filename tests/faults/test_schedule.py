@@ -32,7 +32,7 @@ def test_every_kind_comes_as_often_as_was_asked_for_and_in_time(seed: int, stage
 
 
 def test_many_faults_reach_every_stage_point_and_part_and_some_come_together() -> None:
-    faults = planned(3, dict.fromkeys(KINDS, 50), stages=4, tokens=20_000)
+    faults = planned(3, dict.fromkeys(KINDS, 300), stages=4, tokens=90_000)
     for kind in set(KINDS) - ELSEWHERE:
         places = {(fault.stage, fault.point) for fault in faults if fault.kind == kind}
         assert places == {(stage, point) for stage in range(4) for point in POINTS}
