@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import aiohttp
 
@@ -44,14 +45,17 @@ class Result:
 
 
 class Diary:
-    """What happened when, for whoever looks for the reason of a failure."""
+    """What happened when, for whoever looks for the reason of a failure: in a file, too, as it happens."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path) -> None:
         self.lines: list[str] = []
+        self._file = file
         self._started_s = time.perf_counter()
 
     def tell(self, text: str) -> None:
         self.lines.append(f"{time.perf_counter() - self._started_s:9.3f} {text}")
+        with self._file.open("a") as file:
+            print(self.lines[-1], file=file)
 
 
 class Injector:
@@ -116,7 +120,7 @@ async def disturbed_run(
 ) -> Result:
     """Raises nothing for what is disturbed; RuntimeError if the fleet cannot be started or the undisturbed answers are
     not right."""
-    diary = Diary()
+    diary = Diary(setup.folder / "diary.txt")
     reference = asyncio.create_task(asyncio.to_thread(greedy_answers, setup.model, pool))
     others = residue.children()
     async with Fleet(setup, diary.tell) as fleet, aiohttp.ClientSession(connector=_connector()) as session:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -60,14 +59,19 @@ def main(
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="stagecraft-soak-") as name, _progress() as progress:
         folder = Path(name)
-        write_checkpoint(folder / "model")
+        model, logs = folder / "model", keep or folder
+        write_checkpoint(model)
         for index, count in enumerate(counts):
             part, per_kind = _share(generations, index, len(counts)), _share(faults, index, len(counts))
             again = f"--seed {seed} --generations {part} --faults {per_kind} --stages {count} --at-once {at_once}"
             again += f" --times {times:g}" + (f" --kinds {kinds}" if kinds else "")
             print(f'{count} stages; again with: make soak SOAK="{again}"', file=sys.stderr)
-            result = _run(seed, part, dict.fromkeys(chosen, per_kind), count, at_once, times, folder, progress)
-            _keep(result, folder / f"{count}-stages", keep)
+            each = dict.fromkeys(chosen, per_kind)
+            try:
+                result = _run(seed, part, each, count, at_once, times, model, logs / f"{count}-stages", progress)
+            except (RuntimeError, TimeoutError) as error:
+                print(f"error: {error or type(error).__name__}; logs of the processes: --keep FOLDER", file=sys.stderr)
+                raise typer.Exit(1) from None
             results.append(result)
             for complaint in result.complaints:
                 print(f"seed {seed}, {count} stages: {complaint}", file=sys.stderr)
@@ -85,11 +89,11 @@ def _run(
     stages: int,
     at_once: int,
     times: float,
-    folder: Path,
+    model: Path,
+    logs: Path,
     progress: Progress,
 ) -> Result:
-    logs = folder / f"{stages}-stages"
-    logs.mkdir()
+    logs.mkdir(parents=True, exist_ok=True)
     pool = workload.asks(
         seed, vocabulary=VOCABULARY, prompt_max=PROMPT_MAX, tokens_max=TOKENS_MAX, count=min(generations, workload.POOL)
     )
@@ -100,14 +104,8 @@ def _run(
     def show(ended: int, tokens: int, injected: int) -> None:
         progress.update(bar, completed=ended, faults=injected)
 
-    setup = ways.setup(folder / "model", logs, stages)
+    setup = ways.setup(model, logs, stages)
     return asyncio.run(disturbed_run(setup, pool, runs, faults, progress=show, at_once=at_once))
-
-
-def _keep(result: Result, logs: Path, keep: Path | None) -> None:
-    (logs / "diary.txt").write_text("\n".join(result.log) + "\n")
-    if keep is not None:
-        shutil.copytree(logs, keep / logs.name, dirs_exist_ok=True)
 
 
 def _share(total: int, index: int, parts: int) -> int:
