@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults import ways
+from tests.faults.checkpoint import spans
 from tests.faults.client import Client, Expected, Line
 from tests.faults.fleet import MODEL_NAME, REPLICAS, Fleet, Setup
 from tests.faults.schedule import Fault
@@ -72,7 +72,8 @@ def main(
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: processes go
     with tempfile.TemporaryDirectory(prefix="stagecraft-stall-") as folder:
-        setup = ways.setup(DEMO, Path(folder), stages, blocks=DEMO_BLOCKS, replicas=replicas)
+        # with the settings that everybody gets
+        setup = Setup(DEMO, Path(folder), spans(stages, DEMO_BLOCKS), replicas)
         try:
             found = asyncio.run(measured(setup, kills, context))
         except StallError as error:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from functions.settings import StageSettings
 from orchestrator.settings import OrchestratorSettings
-from tests.faults.checkpoint import BLOCKS, spans
-from tests.faults.fleet import REPLICAS, Setup
+from tests.faults.checkpoint import spans
+from tests.faults.fleet import Setup
 from tests.faults.schedule import KINDS, Kind
 
 LEASE_S = 8.0
@@ -36,13 +36,12 @@ def kinds() -> tuple[Kind, ...]:
     return tuple(kind for kind in KINDS if kind not in needed or importlib.util.find_spec(needed[kind]) is not None)
 
 
-def setup(model: Path, folder: Path, stages: int, *, blocks: int = BLOCKS, replicas: int = REPLICAS) -> Setup:
-    """`folder` is for logs; `blocks` are the model's."""
+def setup(model: Path, folder: Path, stages: int) -> Setup:
+    """`folder` is for logs."""
     return Setup(
         model,
         folder,
-        spans(stages, blocks),
-        replicas,
+        spans(stages),
         stage_settings=_known(_STAGE, "STAGE_", StageSettings.model_fields),
         orchestrator_settings=_known(_ORCHESTRATOR, "ORCHESTRATOR_", OrchestratorSettings.model_fields),
     )
