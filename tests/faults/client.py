@@ -24,7 +24,8 @@ class Expected:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one generation. `gaps_s` are the times between two tokens of its streams."""
+    """What became of one generation. `attempts` are those that reached an orchestrator which serves; `gaps_s` are the
+    times between two tokens of its streams."""
 
     verdict: Verdict
     attempts: int
@@ -101,11 +102,14 @@ class Client:
                 if not (error.is_start and self._may_repeat(began)):
                     outcome.verdict, outcome.note = "lost", str(error)
                     return
+                outcome.attempts -= 1  # it was not begun
                 await asyncio.sleep(0.1)
             except (Broken, aiohttp.ClientError, OSError) as error:
                 if not self._may_repeat(began):
                     outcome.verdict, outcome.note = "lost", f"{type(error).__name__}: {error}"
                     return
+                if isinstance(error, aiohttp.ClientConnectorError):
+                    outcome.attempts -= 1  # there was nobody
                 await asyncio.sleep(0.05)
 
     def _may_repeat(self, began: int) -> bool:
