@@ -19,6 +19,8 @@ TESTS   ?= tests
 WORKERS ?= 2
 BENCH   ?=
 FUZZ    ?=
+SOAK    ?=
+STALL   ?=
 
 REGISTRY ?=
 TAG      ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -29,7 +31,7 @@ IMAGES   := $(if $(REGISTRY),$(REGISTRY:/=)/)stagecraft
 
 export PROMPT
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-install lint format bench fuzz images clean
+.PHONY: help run test test-slow test-install lint format bench fuzz soak stall images clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +62,12 @@ bench: $(STAMP) ## measure, and print tables and JSON lines, the goals last; BEN
 
 fuzz: $(STAMP) ## give hostile inputs to every door; FUZZ="--inputs 1000000 --door stage-events --seed 1"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.fuzz $(FUZZ)
+
+soak: $(STAMP) ## inject faults while answers are generated, check each, print a table; SOAK="--seed 17 --generations 40"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(SOAK)
+
+stall: $(STAMP) ## measure how long a stream stands still when a stage's replica is killed; STALL="--kills 40"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.stall $(STALL)
 
 images: ## build the container images; REGISTRY=, TAG=, VARIANT=cpu|cuda, ENGINE=docker|podman
 	@case '$(VARIANT)' in cpu | cuda) ;; *) echo "VARIANT must be cpu or cuda, got '$(VARIANT)'" >&2; exit 2 ;; esac

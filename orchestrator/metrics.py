@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -32,8 +33,14 @@ BATCH_IN_FLIGHT = Gauge("stagecraft_batch_requests_in_flight", "Requests of batc
 BATCH_QUEUE = Gauge(
     "stagecraft_batch_queue", "Events in the orchestrator's file: requests, results, undelivered", ["model", "kind"]
 )
+TASKS = Gauge("stagecraft_tasks", "Tasks of the event loop; as many as before when nobody asks")
 
 _log = structlog.get_logger("orchestrator")
+
+
+def watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Counts them whenever the metrics are read."""
+    TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
 
 
 class RequestRecord:

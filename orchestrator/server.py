@@ -33,6 +33,7 @@ from knative.eventing.store_errors import StoreError
 from orchestrator.api_keys import ApiKeyGuard, ApiKeys, parse_api_keys
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
+from orchestrator.metrics import watch_tasks
 from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
 from orchestrator.shared_generation import SharedSettings
 from orchestrator.tokenizer import TokenizerError, load_tokenizer
@@ -325,6 +326,7 @@ def _lifespan(starts: Sequence[Hook], closes: Sequence[Hook], outcome: Outcome) 
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
+        watch_tasks(asyncio.get_running_loop())
         starting = asyncio.create_task(started())
         try:
             yield
