@@ -235,16 +235,6 @@ class StageInfo:
     def kv_tokens_free(self) -> int:
         return (self.kv_bytes_max - self.kv_bytes_used) // max(1, self.kv_bytes_per_token)
 
-    @classmethod
-    def from_json(cls, data: Any) -> StageInfo:
-        """Members that are not known are left out: a later version may tell more. Raises ValueError, TypeError and
-        KeyError."""
-        known = {name: value for name, value in dict(data).items() if name in _INFO}
-        return cls(**{**known, "blocks": tuple(known["blocks"])})
-
-
-_INFO = frozenset(field.name for field in fields(StageInfo))
-
 
 def encode_sequences(sequences: Sequence[int]) -> bytes:
     """Data of a release (the caches of these sequences may go) and of a renewal (they may not). Unknown ones are no
