@@ -468,17 +468,19 @@ async def test_a_stage_process_that_gets_sigterm_hands_over_and_ends(
     doors = [SimpleNamespace(address=stages.urls[0].removeprefix("http://"), draining=False) for stages in pair]
     fleet.services[1].replicas = cast(list[Replica], doors)
     chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
-    old = pair[1].processes[0]  # the other one has been asked for the wake at the start
+    ended: list[Any] = []
 
     async def end() -> None:
-        old.terminate()
-        doors[1].draining = True
+        index = next(i for i, one in enumerate(pair) if sample(page_of(one.urls[0]), "stagecraft_stage_sequences"))
+        doors[index].draining = True
+        ended.append(pair[index].processes[0])
+        ended[0].terminate()
 
     before = handovers(1, "whole")
     expected = [whole_model(architecture, prompt, LONG) for prompt in prompts[:3]]
     assert await together(chain, prompts[:3], end) == expected
-    await asyncio.to_thread(old.join, TIMEOUT_S)
-    assert old.exitcode == 0
+    await asyncio.to_thread(ended[0].join, TIMEOUT_S)
+    assert ended[0].exitcode == 0
     assert handovers(1, "whole") == before + (architecture == "llama")
 
 
