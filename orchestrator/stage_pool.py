@@ -23,9 +23,11 @@ from orchestrator.kv_ledger import KvLedger
 from orchestrator.renewals import Held, Renewals
 from orchestrator.replica_watch import ReplicaWatch
 from orchestrator.running import Caches
-from orchestrator.stage_client import StageClient, StageUnreachable
+from orchestrator.stage_client import StageClient, StageSilent, StageUnreachable
 
 log = structlog.get_logger()
+
+_WAKE_PATIENCE_S = 30.0  # most stages are awake by then
 
 
 class StagePool:
@@ -154,7 +156,7 @@ class StagePool:
 
     async def _refresh(self, stage: StageClient) -> None:
         try:
-            info = await stage.wake(self.settings.wake_timeout_s)
+            info = await self._ask_service(stage, self.settings.wake_timeout_s)
             infos = [info if old.stage == info.stage else old for old in self.infos]
             _check_chain(infos)
             self.infos = tuple(infos)
@@ -165,6 +167,18 @@ class StagePool:
             log.warning("wake_failed", stage=stage.index, error=str(error))
         finally:
             self._wakes.pop(stage.index, None)
+
+    async def _ask_service(self, stage: StageClient, timeout_s: float) -> StageInfo:
+        """The answer to a wake. The service may hold it until there is a replica, or hand it to one that hangs, so it
+        is asked again, with more and more patience."""
+        patience_s = _WAKE_PATIENCE_S
+        while patience_s < timeout_s:
+            try:
+                return await stage.wake(patience_s)
+            except StageSilent:
+                timeout_s -= patience_s
+                patience_s *= 2
+        return await stage.wake(timeout_s)
 
     async def _ask(self, stage: StageClient, replica: str) -> None:
         """Learns the memory of a replica that a step has found."""
@@ -187,7 +201,7 @@ class StagePool:
         while True:
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
-                return await stage.wake(max(left_s, 0.1))
+                return await self._ask_service(stage, max(left_s, 0.1))
             except (StageUnreachable, StageError) as error:
                 if isinstance(error, StageError) and not error.retriable:
                     raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None

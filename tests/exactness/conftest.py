@@ -14,6 +14,7 @@ import multiprocessing.reduction
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,14 @@ def start_stages(fork_server: Any, checkpoint_of: Callable[[str], Path]) -> Iter
 
 
 class Service:
-    """Passes events on to the first replica that is not `down`. `answered` is called with how many steps it has passed
-    on, after each."""
+    """Passes events on to the first replica that is not `down`, or to all those in turn. `answered` is called with how
+    many steps it has passed on, after each."""
 
     def __init__(self, session: aiohttp.ClientSession, replicas: Sequence[str]) -> None:
         self.replicas = list(replicas)
         self.down: set[str] = set()
+        self.in_turn = False
+        self.asked: Counter[str] = Counter()  # replicas, events that were passed on
         self.steps = 0
         self.answered: Callable[[int], None] = lambda steps: None
         self.url = ""
@@ -211,7 +214,9 @@ class Service:
         able = [url for url in self.replicas if url not in self.down]
         if not able:
             return web.Response(text="no replica\n", status=503)
-        async with self._session.post(able[0], data=await request.read(), headers=_ours(request.headers)) as reply:
+        url = able[self.asked.total() % len(able) if self.in_turn else 0]
+        self.asked[url] += 1
+        async with self._session.post(url, data=await request.read(), headers=_ours(request.headers)) as reply:
             answer = web.Response(body=await reply.read(), status=reply.status, headers=_ours(reply.headers))
         if request.headers["ce-type"] == events.STEP:
             self.steps += 1
@@ -240,8 +245,7 @@ class Replicas:
         self.sets[which].lose(stage)
 
     def stop(self, stage: int, which: int = 0) -> None:
-        """SIGSTOP, of which the service knows as well."""
-        self.services[stage].down.add(self.sets[which].urls[stage])
+        """SIGSTOP, of which the service knows nothing."""
         os.kill(self.sets[which].processes[stage].pid, signal.SIGSTOP)
 
     def go_on(self, stage: int, which: int = 0) -> None:

@@ -138,17 +138,42 @@ async def test_a_replacement_that_is_killed_while_it_is_filled_is_replaced_too(
     assert sum(again) == again[1] > 0
 
 
+# a step may take longer than these tests: that a replica hangs is known by what steps took before
+WAKEFUL = ChainSettings(step_timeout_s=1e6, hang_floor_s=0.5, release_timeout_s=0.5, idle_before_wake_s=1e6)
+
+
 async def test_a_replica_that_hangs_is_found_by_the_time_that_steps_took_before(
     replicas: Any, open_chain: Any, prompts: Any, expected: Any
 ) -> None:
-    """A step may take longer than this test: the limit comes from elsewhere."""
-    chain = await open_chain(replicas, ChainSettings(step_timeout_s=1e6, hang_floor_s=0.5, release_timeout_s=0.5))
+    """The service knows nothing of it and leads back there every other time."""
+    chain = await open_chain(replicas, WAKEFUL)
     before = of_chain("hangs_total", stage="1")
+
+    def stop() -> None:
+        replicas.services[1].in_turn = True
+        replicas.stop(1)
+
     try:
-        assert await texts(chain, prompts, lambda: replicas.stop(1)) == expected
+        assert await texts(chain, prompts, stop) == expected
     finally:
         replicas.go_on(1)
     assert of_chain("hangs_total", stage="1") > before
+
+
+async def test_a_service_that_hands_the_first_step_to_a_replica_that_hangs_is_asked_again(
+    replicas: Any, open_chain: Any, prompts: Any, expected: Any
+) -> None:
+    chain = await open_chain(replicas, WAKEFUL)
+    assert await texts(chain, prompts[:2]) == expected[:2]
+    replicas.services[1].in_turn = True
+    hung = replicas.sets[0].urls[1]
+    before = replicas.services[1].asked[hung]
+    replicas.stop(1)
+    try:
+        assert await texts(chain, prompts[:2]) == expected[:2]
+    finally:
+        replicas.go_on(1)
+    assert replicas.services[1].asked[hung] > before
 
 
 @pytest.mark.parametrize("bytes_max", [0, 20_000])
