@@ -147,10 +147,11 @@ class Chain:
             line.clear()  # at once: nobody moves up
         self._end_early(jobs, shutting_down())
 
-    def wait_s(self) -> float | None:
-        """How long an interactive request that comes now would wait for a lane, by what is measured of late; None if
+    def ahead_s(self) -> float | None:
+        """How long the work that is here now will take, running and waiting, by what is measured of late; None if
         nothing is known yet."""
-        return self._takes_s(self._waiting["interactive"])
+        jobs = [job for line in self._waiting.values() for job in line]
+        return self._takes_s([*jobs, *(job for lane in self._lanes for job in lane.jobs.values())])
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Token]:
         """See `Generator.generate`."""
@@ -232,7 +233,7 @@ class Chain:
                 "later",
                 status=429,
                 code="overloaded",
-                retry_after_s=retry_after_s(self._takes_s(line)),
+                retry_after_s=retry_after_s(self.ahead_s()),
             )
         wait_s = self._takes_s(line)
         if request.deadline_s is None or wait_s is None:
@@ -251,7 +252,7 @@ class Chain:
         """How long the work of these will take, if that is known."""
         prompts = answers = 0
         for job in jobs:
-            prompts += len(job.sequence.request.prompt)
+            prompts += len(job.sequence.history) - job.sequence.cached
             answers += job.sequence.request.max_tokens - job.sequence.generated
         return self._pace.takes_s(prompts, answers)
 

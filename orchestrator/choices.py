@@ -78,9 +78,9 @@ class Answer:
 class Places:
     """Bounds the requests of one priority, and knows when the next place will be free."""
 
-    def __init__(self, requests_max: int, wait_s: Callable[[], float | None] = lambda: None) -> None:
+    def __init__(self, requests_max: int, ahead_s: Callable[[], float | None] = lambda: None) -> None:
         self._requests_max = requests_max
-        self._wait_s = wait_s
+        self._ahead_s = ahead_s
         self._in_flight = 0
         self._duration_s = 0.0  # of the requests that ended last, on average
 
@@ -96,7 +96,7 @@ class Places:
                 f"{self._in_flight} requests are under way, the limit is {self._requests_max}; try again later",
                 status=429,
                 code="too_many_requests",
-                retry_after_s=retry_after_s(max(self._duration_s / self._in_flight, self._wait_s() or 0.0)),
+                retry_after_s=retry_after_s(max(self._duration_s / self._in_flight, self._ahead_s() or 0.0)),
             )
 
     def free(self, duration_s: float) -> None:
@@ -118,17 +118,17 @@ class Service:
         choices_max: int = 128,
         reader_timeout_s: float = 60.0,
         shared: SharedSettings | None = None,
-        wait_s: Callable[[], float | None] = lambda: None,
+        ahead_s: Callable[[], float | None] = lambda: None,
     ) -> None:
-        """`wait_s` tells how long a request that comes now would wait before the generator begins with it."""
+        """`ahead_s` tells how long the work that the generator has now will take, if it knows."""
         self.generator = generator
         self.tokenizer = tokenizer
         self.name = name
         self.choices_max = choices_max
         self.reader_timeout_s = reader_timeout_s
         self._places: dict[Priority, Places] = {
-            "interactive": Places(requests_max, wait_s),
-            "batch": Places(batch_requests_max, wait_s),
+            "interactive": Places(requests_max, ahead_s),
+            "batch": Places(batch_requests_max, ahead_s),
         }
         self._shared = SharedGenerations(name, _size_bytes, shared)
         self._stopping = False

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             choices_max=settings.choices_max,
             reader_timeout_s=settings.reader_timeout_s,
             shared=shared_settings(settings),
-            wait_s=chain.wait_s,
+            ahead_s=chain.ahead_s,
         )
         return serve(service, settings, start=chain.start, stop=chain.stop, close=chain.close)
     except (SettingsError, TokenizerError, CheckpointError) as error:

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationError, GenerationRequest, Token
+from orchestrator.pace import retry_after_s
 
 HALVES = ["0:2", "2:4"]
 NEW_TOKENS = 40
@@ -121,35 +122,32 @@ async def test_a_deadline_stops_what_runs(
         await until_empty(url)
 
 
-async def test_who_is_refused_is_told_when_it_would_have_been_its_turn(
+async def test_who_is_refused_is_told_when_what_is_ahead_will_be_done(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any
 ) -> None:
-    """The estimate against what was measured: the line is as long as it would have been for the one refused."""
     chain = await open_chain(start_stages("llama", HALVES), ChainSettings(lanes_max=1, lane_width=1, waiting_max=30))
-    assert chain.wait_s() is None
-    while chain.wait_s() is None:
+    assert chain.ahead_s() is None
+    while chain.ahead_s() is None:
         await answer(chain, prompts[0], 100)
-    assert chain.wait_s() == 0
-    waiting = [asyncio.create_task(answer(chain, prompts[0], 100)) for _ in range(31)]
+    assert chain.ahead_s() == 0
+    ahead = [asyncio.create_task(answer(chain, prompts[0], 100)) for _ in range(31)]
     await asyncio.sleep(0)
+    ahead_s = chain.ahead_s()
     with pytest.raises(GenerationError) as refused:
         await answer(chain, prompts[0], 100)
     assert (refused.value.status, refused.value.code) == (429, "overloaded")
-    wait_s = chain.wait_s()
-    assert wait_s is not None
-    assert refused.value.retry_after_s == min(max(1, -int(-wait_s // 1)), 60)
-    per_sequence_s = wait_s / 30
-    speed = (len(prompts[0]) + 100) / per_sequence_s
-    assert speed == pytest.approx(chain._pace.tokens_per_s)
-    waiting[-1].cancel()
+    speed = chain._pace.tokens_per_s
+    assert speed is not None
+    assert ahead_s == pytest.approx(31 * (len(prompts[0]) + 100) / speed)
+    assert refused.value.retry_after_s == retry_after_s(ahead_s)
+    ahead.pop().cancel()
     await asyncio.sleep(0)
-    too_soon = request_of(prompts[0], 100, deadline_s=time.monotonic() + wait_s / 3)
     with pytest.raises(GenerationError) as refused:
-        await _text(chain, too_soon)
+        await _text(chain, request_of(prompts[0], 100, deadline_s=time.monotonic() + ahead_s / 3))
     assert (refused.value.status, refused.value.code) == (429, "deadline_too_soon")
-    for task in waiting:
+    for task in ahead:
         task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
+    await asyncio.gather(*ahead, return_exceptions=True)
 
 
 async def test_the_tokens_that_wait_are_bounded(start_stages: Any, open_chain: Any, answer: Any, prompts: Any) -> None:
