@@ -277,7 +277,7 @@ class Fleet:
     # -- small things
 
     async def settled(self) -> None:
-        """Waits until nothing is under way: each stage has its replicas again, all of them ready. Raises RuntimeError."""
+        """Waits until each stage has its replicas again, all of them ready. Raises RuntimeError if they do not come."""
         for _ in range(round(START_TIMEOUT_S / 0.05)):
             if self._whole():
                 return
