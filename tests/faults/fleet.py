@@ -173,13 +173,17 @@ class Fleet:
         return act
 
     async def _kill(self, replica: Replica, fault: Fault) -> None:
-        await self.kill(replica)
+        replaced_already = replica.proxy.draining
+        if not await self.kill(replica) or replaced_already:
+            return
         # a pod that is made anew has another address, a container that is restarted in its pod the same
         port = replica.port if fault.salt % 2 else 0
         self._spawn(self._replace(replica.stage, fault.seconds, port))
 
-    async def kill(self, replica: Replica) -> None:
-        """SIGKILL, and every connection reset."""
+    async def kill(self, replica: Replica) -> bool:
+        """SIGKILL, and every connection reset. False if somebody else has done it already."""
+        if replica.gone:
+            return False
         assert replica.process is not None
         replica.ready, replica.gone = False, True
         replica.process.send(signal.SIGKILL)
@@ -188,6 +192,7 @@ class Fleet:
         self._ports.give_back(replica.stage_port)
         self.replicas.remove(replica)
         self._tell(f"killed {replica.name} at {replica.proxy.address}")
+        return True
 
     async def _replace(self, stage: int, wait_s: float, port: int) -> None:
         await asyncio.sleep(wait_s)
@@ -207,7 +212,7 @@ class Fleet:
         self._tell(f"continued {replica.name}")
 
     async def _drain(self, replica: Replica, fault: Fault) -> None:
-        if not replica.proxy.draining:
+        if not replica.proxy.draining and not replica.gone:
             replica.proxy.draining = True
             self._tell(f"draining {replica.name}")
             self._spawn(self._replace(replica.stage, 0, 0))
@@ -272,10 +277,13 @@ class Fleet:
     # -- small things
 
     async def settled(self) -> None:
-        """Waits until nothing is under way: each stage has its replicas again, all of them ready."""
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while not self._whole():  # noqa: ASYNC110 (what is waited for is told by probes)
-                await asyncio.sleep(0.05)
+        """Waits until each stage has its replicas again, all of them ready. Raises RuntimeError if they do not come."""
+        for _ in range(round(START_TIMEOUT_S / 0.05)):
+            if self._whole():
+                return
+            await asyncio.sleep(0.05)
+        states = ", ".join(f"{r.name} {'is' if r.takes_new else 'is not'} ready" for r in self.replicas)
+        raise RuntimeError(f"the stages do not become whole again: {states}")
 
     def _whole(self) -> bool:
         counts = [len(self._replicas_of(stage)()) for stage in range(len(self.setup.spans))]

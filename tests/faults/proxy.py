@@ -14,7 +14,7 @@ from tests.faults.wire import Message, flipped, page, step_tokens
 
 
 class Armed:
-    """The faults of one stage that wait for its next step, and what its steps were."""
+    """The faults of one stage that wait for its next event, and what its steps were."""
 
     def __init__(self, stage: int, tell: Callable[[str], None]) -> None:
         self.stage = stage
@@ -26,14 +26,15 @@ class Armed:
     def arm(self, fault: Fault) -> None:
         self._waiting.append(fault)
 
-    def take(self, replica: str) -> Fault | None:
-        """The fault that befalls the step which has come to a replica."""
-        if not self._waiting:
-            return None
-        fault = self._waiting.popleft()
-        self.injected.append(fault)
-        self._tell(f"fault {fault}, replica {replica}")
-        return fault
+    def take(self, kind: str, replica: str) -> Fault | None:
+        """The fault that befalls the event of this type which has come to a replica."""
+        for fault in self._waiting:
+            if kind == events.STEP or fault.takes_any_event:
+                self._waiting.remove(fault)
+                self.injected.append(fault)
+                self._tell(f"fault {fault}, replica {replica}, {kind.removeprefix(events.PREFIX)}")
+                return fault
+        return None
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -62,13 +63,13 @@ class ReplicaProxy(Relay):
             return Silence()
         if request.header("k-network-probe"):
             return page(503, "shutting down\n") if self.draining else page(200, "queue")
-        is_step = request.header("ce-type") == events.STEP
-        if request.method == "POST":
+        kind = request.header("ce-type")
+        if kind:
             self.last_event_s = _now_s()
-        fault = self._armed.take(self.address) if is_step else None
+        fault = self._armed.take(kind, self.address) if kind else None
         reply = await (self._pass(request) if fault is None else self._disturbed(fault, request))
         self._passed.set()
-        if is_step and isinstance(reply, Message) and reply.header("ce-type") == events.STEPPED:
+        if kind == events.STEP and isinstance(reply, Message) and reply.header("ce-type") == events.STEPPED:
             self._armed.computed_tokens += step_tokens(request)
         return Silence() if self._is_dark else reply
 

@@ -1,8 +1,8 @@
 """Which faults come when: a pure function of a seed. No I/O and no clock.
 
 Faults come after so many tokens, of all answers together, and not after so many seconds: on a slow machine they hit the
-same moments of the generations as on a quick one. Those at a stage wait there for the next step, and are done to the
-replica that it is for, at a point of the step's way:
+same moments of the generations as on a quick one. Those at a stage wait there for the next step, some for the next
+event of any type, and are done to the replica that it is for, at a point of its way:
 
     orchestrator ──1──► replica ──2──► stage computes ──3──► reply ──► orchestrator
                       "before"       "during"          "after"
@@ -62,6 +62,11 @@ class Fault:
     seconds: float
     part: Part | None
     salt: int
+
+    @property
+    def takes_any_event(self) -> bool:
+        """Whether it befalls releases, wakes and whatever else comes, and not steps alone."""
+        return self.salt % 4 == 0
 
     def __str__(self) -> str:
         where = "" if self.stage is None else f" at stage {self.stage}, {self.point}"

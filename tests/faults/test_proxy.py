@@ -17,7 +17,7 @@ BODY = b"0123456789" * 5
 STEP = Message(
     f"POST / HTTP/1.1\r\nhost: x\r\nce-type: {events.STEP}\r\ncontent-length: {len(BODY)}\r\n\r\n".encode(), BODY
 )
-OTHER = Message(b"POST /other HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n", b"{}")
+OTHER = Message(f"POST / HTTP/1.1\r\nhost: x\r\nce-type: {events.RELEASE}\r\ncontent-length: 2\r\n\r\n".encode(), b"{}")
 PROBE = Message(b"GET / HTTP/1.1\r\nhost: x\r\nk-network-probe: queue\r\n\r\n", b"")
 MOMENT_S = 0.05
 
@@ -57,8 +57,15 @@ class Scene:
     async def act(self, fault: Fault) -> None:
         self.acts.append(fault)
 
-    def arm(self, kind: Kind, point: Point = "before", seconds: float = MOMENT_S, part: Part | None = None) -> None:
-        self.armed.arm(Fault(1, kind, 1, 0, point, seconds, part, salt=12345))
+    def arm(
+        self,
+        kind: Kind,
+        point: Point = "before",
+        seconds: float = MOMENT_S,
+        part: Part | None = None,
+        salt: int = 12345,
+    ) -> None:
+        self.armed.arm(Fault(1, kind, 1, 0, point, seconds, part, salt))
 
     async def ask(self, message: Message = STEP) -> Message:
         return await self.client.exchange(message, anew=True)
@@ -99,6 +106,14 @@ async def test_faults_wait_for_steps_and_befall_one_each(scene: Scene) -> None:
     assert (await scene.ask()).body == BODY
     assert [fault.kind for fault in scene.armed.injected] == ["cut"]
     assert len(scene.armed) == 0
+
+
+async def test_some_faults_befall_an_event_of_any_type_but_never_a_probe(scene: Scene) -> None:
+    scene.arm("cut", salt=12344)
+    assert (await scene.ask(PROBE)).status == 200
+    with pytest.raises((OSError, EOFError)):
+        await scene.ask(OTHER)
+    assert (await scene.ask()).body == BODY
 
 
 @pytest.mark.parametrize(("point", "arrives"), [("before", False), ("during", True), ("after", True)])
