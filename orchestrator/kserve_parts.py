@@ -1,21 +1,26 @@
 """What KServe's server says and allows where its own answer would be wrong for a chain of stages.
 
-KServe 0.21: readiness of the server is always true (protocol/dataplane.py), and any client may unload the model, which
-then is gone for everybody (protocol/model_repository_extension.py).
+KServe 0.21: readiness of the server is always true and a request in wrong form often an internal error
+(protocol/dataplane.py), and any client may unload the model, which then is gone for everybody
+(protocol/model_repository_extension.py).
 """
 
 from __future__ import annotations
 
-from kserve.errors import ModelNotFound
+from typing import Any
+
+from kserve.errors import InvalidInput, ModelNotFound
 from kserve.model_repository import ModelRepository
 from kserve.protocol.dataplane import DataPlane
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 
 from orchestrator.choices import Service
 
+_REASON_CHARACTERS_MAX = 200
+
 
 class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
-    """Ready when the stages are: for /v2/health/ready and gRPC ServerReady."""
+    """Ready when the stages are: for /v2/health/ready and gRPC ServerReady. What cannot be read is the client's fault."""
 
     def __init__(self, registry: ModelRepository, service: Service) -> None:
         super().__init__(model_registry=registry)
@@ -23,6 +28,19 @@ class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
 
     async def ready(self) -> bool:
         return self._service.generator.ready
+
+    def decode(self, *arguments: Any, **named: Any) -> Any:
+        """KServe's parsers trust that members are there, of their types, and that binary data are as long as they say.
+        Raises InvalidInput."""
+        try:
+            return super().decode(*arguments, **named)
+        except InvalidInput:
+            raise
+        except Exception as error:  # KeyError, struct.error, ...: nothing of ours is at work here
+            reason = f"{type(error).__name__}: {error}"[:_REASON_CHARACTERS_MAX]
+            raise InvalidInput(
+                f"the request cannot be read ({reason}); compare it with the Open Inference Protocol"
+            ) from None
 
 
 class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]  # kserve has no types

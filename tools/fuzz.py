@@ -99,7 +99,8 @@ def _shares(doors: Sequence[str], inputs: int) -> dict[str, int]:
 
 def _progress(tally: Tally) -> None:
     found = sum(tally.counts.values())
-    print(f"\r{tally.door:16} {tally.inputs:>9,} inputs, {found} findings   ", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\r{tally.door:16} {tally.inputs:>9,} inputs, {found} findings   ", end="", file=sys.stderr, flush=True)
 
 
 def _keep(finding: Finding, folder: Path, seed: int) -> None:

@@ -19,9 +19,60 @@ class Entry:
 
 
 def _stage_events(folder: Path) -> Door:
+    import torch
+
     from tools.fuzzing.stage_doors import StageDoor
 
+    torch.set_num_threads(1)
     return StageDoor(_tiny(folder), folder / "claims")
+
+
+def _public(folder: Path) -> Door:
+    import torch
+
+    from tools.fuzzing.http_doors import PublicDoor
+
+    torch.set_num_threads(1)
+    return PublicDoor(_tiny(folder))
+
+
+def _results(folder: Path) -> Door:
+    from tools.fuzzing.http_doors import ResultsDoor
+
+    return ResultsDoor(folder)
+
+
+def _broker(folder: Path) -> Door:
+    from tools.fuzzing.event_doors import BrokerDoor
+
+    return BrokerDoor()
+
+
+def _replies(folder: Path) -> Door:
+    from tools.fuzzing.event_doors import ReplyDoor
+
+    return ReplyDoor()
+
+
+def _checkpoints(folder: Path) -> Door:
+    from tools.fuzzing.checkpoint_doors import CheckpointDoor
+
+    return CheckpointDoor(_tiny(folder), folder / "hostile")
+
+
+def _loading(folder: Path) -> Door:
+    from tools.fuzzing.checkpoint_doors import LoadingDoor
+
+    return LoadingDoor(_tiny(folder), folder / "hostile")
+
+
+def _function(name: str) -> Callable[[Path], Door]:
+    def open_one(folder: Path) -> Door:
+        from tools.fuzzing import function_doors
+
+        return getattr(function_doors, name)()  # type: ignore[no-any-return]
+
+    return open_one
 
 
 def _tiny(folder: Path) -> Path:
@@ -32,13 +83,21 @@ def _tiny(folder: Path) -> Path:
 
 
 DOORS: Mapping[str, Entry] = {
-    "stage-events": Entry("events to two stages in this process", 10, _stage_events),
+    "stage-events": Entry("events to two stages in this process", 100, _stage_events),
+    "stage-replies": Entry("replies of stages, read by the orchestrator's client over a socket", 100, _replies),
+    "public": Entry("OpenAI, V1, V2, generate and events of the orchestrator, over two stages", 30, _public),
+    "results": Entry("the results service of batches", 50, _results),
+    "broker-events": Entry("CloudEvents in binary, structured and batched mode", 300, _broker),
+    "filters": Entry("filters of Triggers, CESQL among them", 150, _function("filter_door")),
+    "batch-lines": Entry("lines of batches, in and out", 200, _function("line_door")),
+    "plans": Entry("plan files", 15, _function("plan_door")),
+    "manifests": Entry("manifests in YAML and JSON", 15, _function("manifest_door")),
+    "settings": Entry("environments of stages and orchestrators", 20, _function("settings_door")),
+    "checkpoints": Entry("checkpoints, tokenizers and chat templates, as planning and serving read them", 20, _checkpoints),
+    "stage-loading": Entry("checkpoints, as a stage loads them", 1, _loading),
 }
 
 
 def open_door(name: str, folder: Path) -> Door:
     """Opens a door of the catalogue; in a process of its own."""
-    import torch
-
-    torch.set_num_threads(1)
     return DOORS[name].open(folder)

@@ -95,7 +95,7 @@ class StageDoor:
         if len(self._held[index]) > _HELD_MAX:
             await self._release()
         verdict = judged(reply.status, reply.headers, reply.body)
-        if verdict == "refused" and request.method.upper() == "POST":
+        if verdict == "refused" and request.method.upper() == "POST" and reply.status != 499:  # 499: nobody is there
             _expect_error_event(reply)
         return verdict
 

@@ -47,7 +47,7 @@ def _with_header(random: Random, body: bytes) -> bytes:
         if part == "dtype":
             entry = {**entry, "dtype": random.choice((*ITEM_BYTES, "F4", "", 3))}
         else:
-            numbers = list(entry[part]) or [0]
+            numbers = list(entry[part] if isinstance(entry[part], list) else ()) or [0]
             numbers[random.randrange(len(numbers))] = random.choice((*NUMBERS, len(data), len(data) + 1, 0.5, "1", None))
             entry = {**entry, part: numbers if random.random() < 0.8 else numbers * random.choice((0, 2, 9))}
         header = {**header, name: entry}
