@@ -52,9 +52,8 @@ class StageClient:
         """Asks the stage, or its replica at `url`, who it is; the answer comes once its weights are loaded."""
         reply = await self._send(events.WAKE, events.JSON, b"{}", {}, url, timeout_s)
         try:
-            data = json.loads(bytes(reply.data))
-            return StageInfo(**{**data, "blocks": tuple(data["blocks"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return StageInfo.from_json(json.loads(bytes(reply.data)))
+        except (ValueError, RecursionError) as error:
             raise StageUnreachable(f"stage {self.index} at {self.url} answered no stage info: {error}") from None
 
     async def step(self, body: Buffer, lane: str, url: str | None, timeout_s: float) -> Event:
@@ -115,7 +114,7 @@ class StageClient:
     def _error(self, content: bytes) -> StageError:
         try:
             return from_json(json.loads(content))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return StageFailure(f"stage {self.index} answered an error that cannot be read")
 
 

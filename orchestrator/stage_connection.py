@@ -22,6 +22,7 @@ from functions.contract.frames import Buffer
 IDLE_S_MAX = 300.0  # longer than that a connection is not used again; a stage closes idle ones after an hour
 CONNECT_TIMEOUT_S = 5.0  # for a replica whose machine is gone
 HEAD_BYTES_MAX = 64 << 10
+BODY_BYTES_MAX = 4 << 30  # of a reply; a stage takes events of 1 GiB, and answers what is as large
 WRITE_BYTES = 1 << 20  # handed to the transport at once: whatever it cannot send, asyncio's own loop copies
 
 
@@ -176,7 +177,7 @@ class _Connection(asyncio.BufferedProtocol):
                 self._read_head(nbytes)
             elif self._received == len(self._body):
                 self._end(self._body)
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             self._fail(ReplyError(f"the reply cannot be read: {error}"))
 
     def eof_received(self) -> None:
@@ -219,7 +220,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._received = len(rest)
 
     def _end(self, body: Buffer) -> None:
-        self._body = None
+        self._body, self._received = None, 0
         if self._reply is not None and not self._reply.done():
             self._reply.set_result(Reply(self._status, self._headers, body))
         self.resume_writing()
@@ -244,6 +245,8 @@ def _parse_head(head: str) -> tuple[int, Mapping[str, str], int, bool]:
     length = headers.get("content-length", "")
     if not (length.isascii() and length.isdecimal()) or "transfer-encoding" in headers:
         raise ValueError(f"status {status[:3]} without Content-Length")
+    if len(length) > 19 or int(length) > BODY_BYTES_MAX:
+        raise ValueError(f"its body is said to have {length[:20]} bytes, at most {BODY_BYTES_MAX} are taken")
     keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
     return int(status[:3]), headers, int(length), keep
 

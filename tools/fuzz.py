@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools.fuzzing.campaign import Finding, Tally, Task, input_of, replay, run
+from tools.fuzzing.campaign import Finding, Tally, Task, input_of, replay, run, silence
 from tools.fuzzing.catalogue import DOORS, open_door
 
 _MIB = 1 << 20
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"{name:16} {entry.about}" for name, entry in DOORS.items()))
         return 0
     if options.replay:
-        return max(_replay(file) for file in options.replay)
+        return max(_replay(door, files) for door, files in _by_door(options.replay).items())
     if options.show is not None:
         return _show(options.door or list(DOORS), options.seed, options.show)
     shares = _shares(options.door or list(DOORS), options.inputs)
@@ -51,7 +51,7 @@ def problems(tally: Tally, growth_bytes_max: float) -> list[str]:
     found = [f"{tally.door}: {count} x {kind}" for kind, count in tally.counts.items()]
     growth = tally.growth_bytes
     if growth is not None and growth > growth_bytes_max and _grown(tally) > growth_bytes_max:
-        found.append(f"{tally.door}: memory grows by {growth / _MIB:.1f} MiB in 100,000 inputs")
+        found.append(f"{tally.door}: memory grows by {growth / _MIB:.1f} MiB in 100,000 inputs: {_curve(tally)}")
     return found
 
 
@@ -87,6 +87,10 @@ def _row(tally: Tally) -> tuple[str, ...]:
     )
 
 
+def _curve(tally: Tally) -> str:
+    return ", ".join(f"{rss / _MIB:.0f}" for _, rss in tally.rss_bytes) + " MiB"
+
+
 def _grown(tally: Tally) -> int:
     quarter = len(tally.rss_bytes) // 4
     return tally.rss_bytes[-1][1] - tally.rss_bytes[quarter][1]
@@ -113,19 +117,27 @@ def _keep(finding: Finding, folder: Path, seed: int) -> None:
     print(f"{finding.kind}: {finding.text.strip().splitlines()[-1][:300]}\n  --replay {file}", file=sys.stderr)
 
 
-def _replay(file: Path) -> int:
-    name = file.name.split(".")[0]
-    if name not in DOORS:
-        print(f"{file}: the name of a kept input begins with its door, one of {', '.join(DOORS)}", file=sys.stderr)
-        return 2
+def _by_door(files: Sequence[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        name = file.name.split(".")[0]
+        if name not in DOORS:
+            sys.exit(f"{file}: the name of a kept input begins with its door, one of {', '.join(DOORS)}")
+        found.setdefault(name, []).append(file)
+    return found
+
+
+def _replay(name: str, files: Sequence[Path]) -> int:
+    silence()
+    code = 0
     with tempfile.TemporaryDirectory() as folder:
         door = open_door(name, Path(folder))
-        try:
+        for file in files:
             outcome = replay(door, file.read_bytes())
-        finally:
-            door.close()
-    print(f"{file.name}: {outcome}")
-    return 0 if outcome in ("accepted", "refused") else 1
+            print(f"{file.name}: {outcome}")
+            code = code if outcome in ("accepted", "refused") else 1
+        door.close()
+    return code
 
 
 def _show(doors: Sequence[str], seed: int, index: int) -> int:
@@ -148,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit-s", type=float, default=10, help="CPU seconds of one input that are a hang (%(default)s)")
     parser.add_argument("--growth-mib", type=float, default=16, help="memory per 100,000 inputs (%(default)s)")
     parser.add_argument("--failures", type=Path, default=Path("build/fuzz"), help="what broke a door (%(default)s)")
-    parser.add_argument("--replay", type=Path, action="append", metavar="FILE", help="give a kept input to its door again")
+    parser.add_argument("--replay", type=Path, nargs="+", metavar="FILE", help="give a kept input to its door again")
     parser.add_argument("--show", type=int, metavar="INDEX", help="print one input and end")
     parser.add_argument("--list", action="store_true", help="print the doors and end")
     return parser

@@ -110,7 +110,7 @@ _BY_CODE: dict[str, type[StageError]] = {
 def from_json(data: Any) -> StageError:
     """The error that a stage reported. Anything unreadable becomes a `StageFailure` that quotes it."""
     try:
-        kind, message = _BY_CODE[data["code"]], str(data["message"])
+        kind, message = _BY_CODE[data["code"]], str(data["message"]) or "the stage gave no reason"
         if kind is WrongPosition:
             return WrongPosition(message, {int(s): int(position) for s, position in data["positions"].items()})
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -202,6 +202,27 @@ class StageInfo:
     weight_bytes: int
     sequences: int
 
+    @classmethod
+    def from_json(cls, data: Any) -> StageInfo:
+        """Members that this release does not know are left out. Raises ValueError for one that is missing or of another
+        type, since admission computes with them."""
+        if not isinstance(data, dict):
+            raise ValueError("not a JSON object")
+        values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        blocks = values.get("blocks")
+        if not isinstance(blocks, list) or len(blocks) != 2 or not all(_is_count(block) for block in blocks):
+            raise ValueError("blocks must be two whole numbers")
+        values["blocks"] = (blocks[0], blocks[1])
+        for field in fields(cls):
+            if field.type == "str" and not isinstance(values.get(field.name, ""), str):
+                raise ValueError(f"{field.name} must be a text")
+            if field.type == "int" and not _is_count(values.get(field.name, 0)):
+                raise ValueError(f"{field.name} must be a whole number of at least 0")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
     @property
     def kv_tokens_free(self) -> int:
         return (self.kv_bytes_max - self.kv_bytes_used) // max(1, self.kv_bytes_per_token)
@@ -237,6 +258,10 @@ def read_frames(body: Buffer, required: Mapping[str, str], optional: set[str]) -
         if frames.arrays[name].dtype != dtype:
             raise InvalidEvent(f"{name} must be {dtype}, got {frames.arrays[name].dtype}")
     return frames
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _openings(text: str | None) -> dict[int, Opening]:

@@ -52,16 +52,15 @@ class CheckpointDoor:
 
     def make(self, random: Random) -> bytes:
         files: dict[str, Any] = {name: data for name, data in self._good.items() if "index" not in name or not random.randrange(4)}
-        name = random.choice([*sorted(files), "config.json", "model.safetensors", "tokenizer_config.json"])
+        name = random.choice([*sorted(files), "config.json", "model.safetensors", "chat_template.jinja"])
         data = files[name]
         if random.random() < 0.05:
             del files[name]
         elif name.endswith(".safetensors"):
             files[name] = mutated_tensors(random, data) if random.random() < 0.8 else data[: random.randrange(200)]
-        elif name.endswith(".jinja") or (name == "tokenizer_config.json" and random.random() < 0.5):
-            text = json.loads(data)["chat_template"] if name.endswith(".json") else data.decode()
-            text = mutated_text(random, text, (*_TEMPLATE_WORDS, *TEXTS[:20]))
-            files["chat_template.jinja"] = text.encode(errors="replace")
+        elif name.endswith(".jinja"):
+            text = mutated_text(random, data.decode(), (*_TEMPLATE_WORDS, *TEXTS[:20]))
+            files[name] = text.encode(errors="replace")
         elif "index" in name:
             files[name] = dumped({"weight_map": {"a": random.choice((*TEXTS[:30], "model.safetensors", hostile(random)))}})
         elif random.random() < 0.1:

@@ -15,8 +15,6 @@ from typing import Any
 
 import yaml
 
-from functions.settings import SettingsError as StageSettingsError
-from functions.settings import read_settings
 from knative.autoscaler.config import AutoscalerConfig
 from knative.errors import ValidationError
 from knative.eventing.event import CloudEvent
@@ -314,6 +312,9 @@ _ENVIRONMENTS: tuple[Mapping[str, str], ...] = (
 
 
 def settings_door() -> FunctionDoor:
+    from functions.settings import SettingsError as StageSettingsError  # which imports torch
+    from functions.settings import read_settings
+
     def make(random: Random) -> bytes:
         environment = dict(random.choice(_ENVIRONMENTS))
         name = random.choice(sorted(environment))
