@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.fuzzing.campaign import Finding, Tally, Task, input_of, replay, run, silence
-from tools.fuzzing.catalogue import DOORS, open_door
+from tools.fuzzing.catalogue import DOORS, is_door, open_door
 
 _MIB = 1 << 20
 _COLUMNS = ("door", "inputs", "inputs/s", "refused", "accepted", "5xx", "crashes", "harm", "hangs", "slowest, CPU s",
@@ -97,8 +97,8 @@ def _grown(tally: Tally) -> int:
 
 
 def _shares(doors: Sequence[str], inputs: int) -> dict[str, int]:
-    whole = sum(DOORS[door].share for door in doors)
-    return {door: max(1, inputs * DOORS[door].share // whole) for door in doors}
+    share = {door: DOORS[door].share if door in DOORS else 1 for door in doors}
+    return {door: max(1, inputs * share[door] // sum(share.values())) for door in doors}
 
 
 def _progress(tally: Tally) -> None:
@@ -109,7 +109,8 @@ def _progress(tally: Tally) -> None:
 
 def _keep(finding: Finding, folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{finding.door}.{finding.kind}.{seed}-{finding.index}.input"
+    name = Path(finding.door).name.replace(":", "-")  # of a door of another file
+    file = folder / f"{name}.{finding.kind}.{seed}-{finding.index}.input"
     file.write_bytes(finding.data)
     file.with_suffix(".txt").write_text(
         f"{finding.kind} at the door {finding.door}, input {finding.index} of seed {seed}\n\n{finding.text}"
@@ -144,15 +145,21 @@ def _show(doors: Sequence[str], seed: int, index: int) -> int:
     for name in doors:
         with tempfile.TemporaryDirectory() as folder:
             door = open_door(name, Path(folder))
-            print(f"{name} {index}: {input_of(door, seed, index)!r}")
+            print(f"{name} {index}: {input_of(door, name, seed, index)!r}")
             door.close()
     return 0
+
+
+def _door(name: str) -> str:
+    if not is_door(name):
+        raise argparse.ArgumentTypeError(f"unknown door {name!r}; known are {', '.join(DOORS)}, or PATH.py:FUNCTION")
+    return name
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000, help="for all doors together (%(default)s)")
-    parser.add_argument("--door", action="append", choices=list(DOORS), help="only this one; may be given again")
+    parser.add_argument("--door", action="append", type=_door, help="only this one; may be given again")
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same inputs (%(default)s)")
     parser.add_argument("--start", type=int, default=0, help="index of the first input (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="doors at the same time (%(default)s)")

@@ -107,8 +107,9 @@ def replay(door: Door, data: bytes) -> str:
         return traceback.format_exc()
 
 
-def input_of(door: Door, seed: int, index: int) -> bytes:
-    return door.make(Random(f"{seed}/{door.name}/{index}"))
+def input_of(door: Door, name: str, seed: int, index: int) -> bytes:
+    """`name` is what the catalogue calls the door."""
+    return door.make(Random(f"{seed}/{name}/{index}"))
 
 
 def _watched(task: Task, open_door: Callable[[str, Path], Door], tally: Tally, told: Callable[[Tally], None]) -> int:
@@ -199,7 +200,7 @@ def _work(task: Task, open_door: Callable[[str, Path], Door], folder: Path, pipe
     told_s = time.monotonic()
     for index in range(task.start, task.end):
         done = index + 1 - task.start
-        data = input_of(door, task.seed, index)
+        data = input_of(door, task.door, task.seed, index)
         kept = data[: _FILE_BYTES - _HEAD.size]
         view[_HEAD.size : _HEAD.size + len(kept)] = kept
         _HEAD.pack_into(view, 0, index, len(kept))

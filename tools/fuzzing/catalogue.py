@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,5 +100,12 @@ DOORS: Mapping[str, Entry] = {
 
 
 def open_door(name: str, folder: Path) -> Door:
-    """Opens a door of the catalogue; in a process of its own."""
-    return DOORS[name].open(folder)
+    """Opens a door of the catalogue, or one of another file: PATH.py:FUNCTION, which is given the folder."""
+    if name in DOORS:
+        return DOORS[name].open(folder)
+    file, _, function = name.rpartition(":")
+    return runpy.run_path(file)[function](folder)  # type: ignore[no-any-return]
+
+
+def is_door(name: str) -> bool:
+    return name in DOORS or ".py:" in name

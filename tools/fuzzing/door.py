@@ -24,8 +24,6 @@ class Violation(Exception):
 class Door(Protocol):
     """Something of the project that takes what others send. Built once, used by one thread, closed at the end."""
 
-    name: str
-
     def make(self, random: Random) -> bytes:
         """An input; the same for the same state of `random`."""
         ...

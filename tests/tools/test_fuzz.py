@@ -1,0 +1,83 @@
+"""The fuzzer against a door that crashes, hangs, dies and tells too much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools import fuzz
+from tools.fuzzing.campaign import Tally, Task, run
+from tools.fuzzing.catalogue import open_door
+from tools.fuzzing.door import Violation, judged
+
+BAD_DOOR = f"{Path(__file__).with_name('bad_door.py')}:open_bad"
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAD_DOOR_COUNT", str(tmp_path / "count"))
+
+
+@pytest.mark.usefixtures("counted")
+def test_all_that_goes_wrong_is_found_and_the_run_goes_on() -> None:
+    tally = run(Task(BAD_DOOR, seed=1, start=0, end=14, check_every=100, cpu_s_max=0.5), open_door)
+    assert tally.inputs == 14
+    assert tally.counts == {"crash": 3, "hang": 1, "5xx": 1}
+    found = {finding.index: finding for finding in tally.findings}
+    assert sorted(found) == [3, 5, 7, 9, 11]
+    assert "KeyError: 'what nobody has thought of'" in found[3].text
+    assert "in take" in found[5].text, "it says where the process hung"
+    assert "ended with 3" in found[7].text
+    assert all(len(finding.data) == 8 for finding in tally.findings), "the input is kept, whatever became of the process"
+
+
+@pytest.mark.usefixtures("counted")
+def test_a_failure_is_kept_repeated_and_fails_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "kept"
+    assert fuzz.main(["--door", BAD_DOOR, "--inputs", "4", "--failures", str(folder)]) == 1
+    told = capsys.readouterr()
+    assert "| all | 4 |" in told.out
+    (kept,) = folder.glob("*.input")
+    assert f"--replay {kept}" in told.err
+    assert "input 3 of seed 1" in kept.with_suffix(".txt").read_text()
+
+
+def test_a_good_door_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(["--door", "batch-lines", "--inputs", "50"]) == 0
+    assert "| batch-lines | 50 |" in capsys.readouterr().out
+
+
+def test_a_kept_input_is_given_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "batch-lines.crash.1-5.input"
+    kept.write_bytes(b'{"prompt": "a"}')
+    assert fuzz.main(["--replay", str(kept)]) == 0
+    assert "accepted" in capsys.readouterr().out
+
+
+def test_memory_that_grows_is_a_failure() -> None:
+    mib = 1 << 20
+    leaking, steady = Tally("a"), Tally("b")
+    leaking.rss_bytes = [(1000 * i, (100 + 10 * i) * mib) for i in range(20)]
+    steady.rss_bytes = [(1000 * i, (100 if i else 50) * mib) for i in range(20)]
+    assert [line.partition(" in ")[0] for line in fuzz.problems(leaking, 16 * mib)] == [
+        "a: memory grows by 1000.0 MiB"
+    ]
+    assert fuzz.problems(steady, 16 * mib) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [(500, b"{}", "5xx"), (502, b"{}", "5xx"), (503, b"{}", "5xx"), (200, b'File "/a/b.py", line 3, in c', "crash"),
+     (400, b'{"error": "File \\"/a/b.py\\", line 3"}', "crash"), (100, b"", "crash")],
+)  # fmt: skip
+def test_what_no_reply_may_be(status: int, body: bytes, kind: str) -> None:
+    with pytest.raises(Violation) as caught:
+        judged(status, {}, body)
+    assert caught.value.kind == kind
+
+
+def test_what_a_reply_may_be() -> None:
+    assert judged(200, {}, b"{}") == "accepted"
+    assert judged(404, {}, b"the file a.py, line 3") == "refused"
+    assert judged(503, {"retry-after": "1"}, b"") == "refused"
