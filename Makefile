@@ -18,6 +18,7 @@ ONCE    ?=
 TESTS   ?= tests
 WORKERS ?= 2
 BENCH   ?=
+FUZZ    ?=
 
 REGISTRY ?=
 TAG      ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -28,7 +29,7 @@ IMAGES   := $(if $(REGISTRY),$(REGISTRY:/=)/)stagecraft
 
 export PROMPT
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-install lint format bench images clean
+.PHONY: help run test test-slow test-install lint format bench fuzz images clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +57,9 @@ format: $(STAMP) ## rewrite the code in the project's style
 
 bench: $(STAMP) ## measure, and print tables and JSON lines, the goals last; BENCH=--goals leaves out what no goal needs
 	$(BIN)/python -m benchmarks $(BENCH)
+
+fuzz: $(STAMP) ## give hostile inputs to every door; FUZZ="--inputs 1000000 --door stage-events --seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.fuzz $(FUZZ)
 
 images: ## build the container images; REGISTRY=, TAG=, VARIANT=cpu|cuda, ENGINE=docker|podman
 	@case '$(VARIANT)' in cpu | cuda) ;; *) echo "VARIANT must be cpu or cuda, got '$(VARIANT)'" >&2; exit 2 ;; esac

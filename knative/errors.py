@@ -17,13 +17,19 @@ class KnativeError(Exception):
     status = 500
 
 
+PROBLEMS_TOLD_MAX = 100  # a manifest of megabytes has room for more than anybody reads
+
+
 class ValidationError(KnativeError):
-    """`problems` are single complaints, in the words of Knative's admission webhook."""
+    """`problems` are single complaints, in the words of Knative's admission webhook. The text has the first of them."""
 
     status = 400
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
+        told = list(problems[:PROBLEMS_TOLD_MAX])
+        if left := len(problems) - len(told):
+            told.append(f"and {left} more problems")
+        super().__init__("\n".join(told))
         self.problems = tuple(problems)
 
 

@@ -20,7 +20,7 @@ _REASON_CHARACTERS_MAX = 200
 
 
 class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
-    """Ready when the stages are: for /v2/health/ready and gRPC ServerReady. What cannot be read is the client's fault."""
+    """Ready when the stages are: for /v2/health/ready and gRPC ServerReady."""
 
     def __init__(self, registry: ModelRepository, service: Service) -> None:
         super().__init__(model_registry=registry)

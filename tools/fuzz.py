@@ -1,12 +1,13 @@
 """Gives hostile inputs to every door: `python -m tools.fuzz --inputs 100000 --seed 1`, or `make fuzz FUZZ="..."`.
 
-Exit code 1 if any input broke anything; what did is written to a folder, and `--replay FILE` gives it to its door again.
-docs/fuzzing.md says what is covered.
+Exit code 1 if any input broke anything; what did is written to a folder, and `--replay FILE` gives it to its door
+again. docs/fuzzing.md says what is covered.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.show is not None:
         return _show(options.door or list(DOORS), options.seed, options.show)
     shares = _shares(options.door or list(DOORS), options.inputs)
+    seconds = options.seconds / len(shares) * min(options.jobs, len(shares))
     tasks = [
-        Task(door, options.seed, options.start, options.start + inputs, options.check_every, options.limit_s)
+        Task(door, options.seed, options.start, options.start + inputs, options.check_every, options.limit_s, seconds)
         for door, inputs in shares.items()
     ]
     with ThreadPoolExecutor(options.jobs) as pool:  # each waits for a process
@@ -163,8 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same inputs (%(default)s)")
     parser.add_argument("--start", type=int, default=0, help="index of the first input (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="doors at the same time (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="shared by the doors; the rest is left out")
     parser.add_argument("--check-every", type=int, default=1000, help="inputs between two controls (%(default)s)")
-    parser.add_argument("--limit-s", type=float, default=10, help="CPU seconds of one input that are a hang (%(default)s)")
+    parser.add_argument(
+        "--limit-s", type=float, default=10, help="CPU seconds of one input that are a hang (%(default)s)"
+    )
     parser.add_argument("--growth-mib", type=float, default=16, help="memory per 100,000 inputs (%(default)s)")
     parser.add_argument("--failures", type=Path, default=Path("build/fuzz"), help="what broke a door (%(default)s)")
     parser.add_argument("--replay", type=Path, nargs="+", metavar="FILE", help="give a kept input to its door again")

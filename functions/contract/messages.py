@@ -208,16 +208,16 @@ class StageInfo:
         type, since admission computes with them."""
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
-        values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        values = {member.name: data[member.name] for member in fields(cls) if member.name in data}
         blocks = values.get("blocks")
         if not isinstance(blocks, list) or len(blocks) != 2 or not all(_is_count(block) for block in blocks):
             raise ValueError("blocks must be two whole numbers")
         values["blocks"] = (blocks[0], blocks[1])
-        for field in fields(cls):
-            if field.type == "str" and not isinstance(values.get(field.name, ""), str):
-                raise ValueError(f"{field.name} must be a text")
-            if field.type == "int" and not _is_count(values.get(field.name, 0)):
-                raise ValueError(f"{field.name} must be a whole number of at least 0")
+        for member in fields(cls):
+            if member.type == "str" and not isinstance(values.get(member.name, ""), str):
+                raise ValueError(f"{member.name} must be a text")
+            if member.type == "int" and not _is_count(values.get(member.name, 0)):
+                raise ValueError(f"{member.name} must be a whole number of at least 0")
         try:
             return cls(**values)
         except TypeError as error:

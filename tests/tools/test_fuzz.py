@@ -29,7 +29,7 @@ def test_all_that_goes_wrong_is_found_and_the_run_goes_on() -> None:
     assert "KeyError: 'what nobody has thought of'" in found[3].text
     assert "in take" in found[5].text, "it says where the process hung"
     assert "ended with 3" in found[7].text
-    assert all(len(finding.data) == 8 for finding in tally.findings), "the input is kept, whatever became of the process"
+    assert all(len(finding.data) == 8 for finding in tally.findings), "inputs are kept, whatever became of the process"
 
 
 @pytest.mark.usefixtures("counted")
@@ -60,9 +60,7 @@ def test_memory_that_grows_is_a_failure() -> None:
     leaking, steady = Tally("a"), Tally("b")
     leaking.rss_bytes = [(1000 * i, (100 + 10 * i) * mib) for i in range(20)]
     steady.rss_bytes = [(1000 * i, (100 if i else 50) * mib) for i in range(20)]
-    assert [line.partition(" in ")[0] for line in fuzz.problems(leaking, 16 * mib)] == [
-        "a: memory grows by 1000.0 MiB"
-    ]
+    assert [line.partition(" in ")[0] for line in fuzz.problems(leaking, 16 * mib)] == ["a: memory grows by 1000.0 MiB"]
     assert fuzz.problems(steady, 16 * mib) == []
 
 

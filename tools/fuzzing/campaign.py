@@ -1,13 +1,14 @@
 """Many inputs for one door, in a process of its own that is watched: it may die or hang, and its memory may grow.
 
-An input is a function of (seed, door, index), so any part of a run can be repeated. Before an input is given to the door
-it is written to a file that the watching process can read, whatever becomes of the other.
+An input is a function of (seed, door, index), so any part of a run can be repeated. Before an input is given to the
+door it is written to a file that the watching process can read, whatever becomes of the other.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import mmap
 import multiprocessing
 import os
@@ -46,6 +47,7 @@ class Task:
     end: int
     check_every: int
     cpu_s_max: float  # of one input; more is a hang
+    seconds_max: float = math.inf  # after which the rest is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,9 @@ class Tally:
         return (_middle(late, 1) - _middle(early, 1)) * 100_000 / max(1, inputs)
 
 
-def run(task: Task, open_door: Callable[[str, Path], Door], told: Callable[[Tally], None] = lambda tally: None) -> Tally:
+def run(
+    task: Task, open_door: Callable[[str, Path], Door], told: Callable[[Tally], None] = lambda tally: None
+) -> Tally:
     """All inputs of the task, in as many processes as it takes. `told` is called now and then."""
     tally = Tally(task.door)
     start = task.start
@@ -139,7 +143,13 @@ def _watched(task: Task, open_door: Callable[[str, Path], Door], tally: Tally, t
 
 
 def _follow(
-    process: Any, pipe: Connection, view: mmap.mmap, task: Task, tally: Tally, folder: Path, told: Callable[[Tally], None]
+    process: Any,
+    pipe: Connection,
+    view: mmap.mmap,
+    task: Task,
+    tally: Tally,
+    folder: Path,
+    told: Callable[[Tally], None],
 ) -> int:
     base, accepted, refused = tally.inputs, tally.accepted, tally.refused
     index, since_cpu_s, since_s = -1, 0.0, time.monotonic()
@@ -197,8 +207,11 @@ def _work(task: Task, open_door: Callable[[str, Path], Door], folder: Path, pipe
         view = mmap.mmap(file.fileno(), _FILE_BYTES)
     accepted, slowest_s = 0, 0.0
     every = max(1, min((task.end - task.start) // _SAMPLES, 20_000))
-    told_s = time.monotonic()
+    begun_s = told_s = time.monotonic()
+    done = 0
     for index in range(task.start, task.end):
+        if told_s - begun_s > task.seconds_max:
+            break
         done = index + 1 - task.start
         data = input_of(door, task.door, task.seed, index)
         kept = data[: _FILE_BYTES - _HEAD.size]
@@ -212,12 +225,12 @@ def _work(task: Task, open_door: Callable[[str, Path], Door], folder: Path, pipe
         except Exception as error:
             pipe.send(_finding(task.door, index, data, error))
         slowest_s = max(slowest_s, time.process_time() - before_s)
-        if done % every == 0 or time.monotonic() - told_s > 30:
+        if done % every == 0 or time.monotonic() - told_s > min(30.0, task.seconds_max / _SAMPLES):
             told_s = time.monotonic()
             pipe.send((done, accepted, slowest_s, process.memory_info().rss, False))
     _HEAD.pack_into(view, 0, task.end, 0)
     door.close()
-    pipe.send((task.end - task.start, accepted, slowest_s, process.memory_info().rss, True))
+    pipe.send((done, accepted, slowest_s, process.memory_info().rss, True))
 
 
 def _finding(door: str, index: int, data: bytes, error: Exception) -> Finding:

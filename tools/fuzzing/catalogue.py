@@ -94,7 +94,9 @@ DOORS: Mapping[str, Entry] = {
     "plans": Entry("plan files", 15, _function("plan_door")),
     "manifests": Entry("manifests in YAML and JSON", 15, _function("manifest_door")),
     "settings": Entry("environments of stages and orchestrators", 20, _function("settings_door")),
-    "checkpoints": Entry("checkpoints, tokenizers and chat templates, as planning and serving read them", 20, _checkpoints),
+    "checkpoints": Entry(
+        "checkpoints, tokenizers and chat templates, as planning and serving read them", 20, _checkpoints
+    ),
     "stage-loading": Entry("checkpoints, as a stage loads them", 1, _loading),
 }
 

@@ -30,9 +30,9 @@ _READ_BYTES_MAX = 1 << 20
 _ADDRESSES_BYTES_MAX = 12 << 30
 _TEMPLATE_WORDS = ("{% for m in messages %}", "{% endfor %}", "{{ messages }}", "{{ ''.__class__ }}", "{% if %}", "{{",
                    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ range(10) | list }}", "{% include 'x' %}",
-                   "{% set x = [] %}", "| tojson", "{{ raise_exception('no') }}", "{{ strftime_now('%Q') }}", "{{ 1/0 }}",
-                   "{{ messages[9].content }}", "{{ (1).__add__ }}", "{% generation %}", "{{ cycler }}", "{{ lipsum() }}",
-                   "{{ '%x' % 'a' }}", "{{ [] + 1 }}", "{{ namespace(a=1).b.c }}", "{{ 'a' * 1000 }}", "{{ none.x }}",
+                   "{% set x = [] %}", "| tojson", "{{ raise_exception('no') }}", "{{ 1/0 }}",
+                   "{{ strftime_now('%Q') }}", "{{ messages[9].content }}", "{{ (1).__add__ }}", "{% generation %}",
+                   "{{ lipsum() }}", "{{ '%x' % 'a' }}", "{{ [] + 1 }}", "{{ namespace(a=1).b.c }}", "{{ 'a' * 1000 }}", "{{ none.x }}",
                    "{% break %}", "{{ messages | map(attribute='__init__') | list }}", "{{ 'a'.encode('xyz') }}",
                    "{{ '{0.__class__}'.format(1) }}", "{{ messages | groupby('role') }}", "{{ {}['a'] }}")  # fmt: skip
 
@@ -51,7 +51,9 @@ class CheckpointDoor:
         ).encode()
 
     def make(self, random: Random) -> bytes:
-        files: dict[str, Any] = {name: data for name, data in self._good.items() if "index" not in name or not random.randrange(4)}
+        files: dict[str, Any] = {
+            name: data for name, data in self._good.items() if "index" not in name or not random.randrange(4)
+        }
         name = random.choice([*sorted(files), "config.json", "model.safetensors", "chat_template.jinja"])
         data = files[name]
         if random.random() < 0.05:
@@ -62,7 +64,9 @@ class CheckpointDoor:
             text = mutated_text(random, data.decode(), (*_TEMPLATE_WORDS, *TEXTS[:20]))
             files[name] = text.encode(errors="replace")
         elif "index" in name:
-            files[name] = dumped({"weight_map": {"a": random.choice((*TEXTS[:30], "model.safetensors", hostile(random)))}})
+            files[name] = dumped(
+                {"weight_map": {"a": random.choice((*TEXTS[:30], "model.safetensors", hostile(random)))}}
+            )
         elif random.random() < 0.1:
             files[name] = mutated(random, data)
         else:

@@ -146,7 +146,9 @@ class ReplyDoor:
         head, _, body = reply.partition(b"\r\n\r\n")
         kind = random.randrange(10)
         if kind < 3:
-            return mutated(random, reply, [b"\r\n", b"\r\n\r\n", b"transfer-encoding: chunked\r\n", b"HTTP/1.0", b"100"])
+            return mutated(
+                random, reply, [b"\r\n", b"\r\n\r\n", b"transfer-encoding: chunked\r\n", b"HTTP/1.0", b"100"]
+            )
         if kind == 3:
             return mutated(random, head) + b"\r\n\r\n" + body
         changed = mutated_json(random, json.loads(body)) if body[:1] == b"{" else mutated_tensors(random, body)
@@ -216,7 +218,8 @@ class ReplyDoor:
 
 def _replies() -> list[bytes]:
     info = {
-        "model": "tiny", "plan": "0123456789abcdef", "stage": 1, "stages": 2, "blocks": [2, 4], "replica": "127.0.0.1:1",
+        "model": "tiny", "plan": "0123456789abcdef", "stage": 1, "stages": 2, "blocks": [2, 4],
+        "replica": "127.0.0.1:1",
         "dtype": "float32", "device": "cpu", "hidden_size": 16, "vocab_size": 257, "max_positions": 96,
         "kv_bytes_per_token": 128, "kv_bytes_max": 1048576, "kv_bytes_used": 0, "weight_bytes": 1, "sequences": 0,
     }  # fmt: skip
@@ -232,7 +235,9 @@ def _replies() -> list[bytes]:
 
 
 def _reply(status: int, kind: str, content_type: str, body: bytes) -> bytes:
-    event = Event(kind, "/stagecraft/tiny/stages/1/x", "1.reply", content_type, body, {"replica": "x", "computeus": "5"})
+    event = Event(
+        kind, "/stagecraft/tiny/stages/1/x", "1.reply", content_type, body, {"replica": "x", "computeus": "5"}
+    )
     headers, _ = events.to_http(event)
     lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body

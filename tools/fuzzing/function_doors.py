@@ -1,7 +1,7 @@
 """Doors that are one function: plan files, manifests, filters, lines of batches, settings.
 
-What they may raise is their own error; whatever else comes out is a crash. What they take must hold: a plan that was read
-can be written and read again, an event that was taken can leave in every form.
+What they may raise is their own error; whatever else comes out is a crash. What they take must hold: a plan that was
+read can be written and read again, an event that was taken can leave in every form.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ spec:
     minReplicas: 0
     maxReplicas: 2
     scaleTarget: 4
-    model: {modelFormat: {name: huggingface}, runtime: demo-runtime, args: [--a], storageUri: "pvc://claim/path"}
+    model: {modelFormat: {name: huggingface}, runtime: demo-runtime, args: [--a]}
 ---
 apiVersion: serving.kserve.io/v1alpha1
 kind: ServingRuntime
@@ -167,7 +167,10 @@ kind: Trigger
 metadata: {name: t}
 spec:
   broker: default
-  filters: [{exact: {type: a}}, {any: [{prefix: {source: /b}}, {not: {suffix: {id: "1"}}}]}, {cesql: "a = 'b' OR EXISTS c"}]
+  filters:
+    - {exact: {type: a}}
+    - {any: [{prefix: {source: /b}}, {not: {suffix: {id: "1"}}}]}
+    - {cesql: "a = 'b' OR EXISTS c"}
   subscriber: {ref: {apiVersion: serving.knative.dev/v1, kind: Service, name: stage-0}, uri: /x}
 ---
 apiVersion: flows.knative.dev/v1
@@ -228,7 +231,8 @@ _FILTERS: tuple[Any, ...] = (
     {"filters": [{"cesql": "ABS(-5) = 5 XOR SUBSTRING('abc', 2) = UPPER(LEFT('bcd', 2))"}]},
 )
 _EVENT = CloudEvent.build(
-    {"id": "1", "source": "/b", "specversion": "1.0", "type": "a", "count": 5, "flag": True, "time": "2026-11-28T00:00:00Z"}
+    {"id": "1", "source": "/b", "specversion": "1.0", "type": "a", "count": 5, "flag": True,
+     "time": "2026-11-28T00:00:00Z"}
 )  # fmt: skip
 
 
@@ -275,9 +279,9 @@ def line_door() -> FunctionDoor:
 
     def make(random: Random) -> bytes:
         line = random.choice(_LINES + _OUTPUTS)
-        return mutated(random, line, [word.encode(errors="replace") for word in TEXTS[:40]]) if random.random() < 0.3 else (
-            mutated_json(random, json.loads(line))
-        )  # fmt: skip
+        if random.random() < 0.3:
+            return mutated(random, line, [word.encode(errors="replace") for word in TEXTS[:40]])
+        return mutated_json(random, json.loads(line))
 
     def give(data: bytes) -> bool:
         if b'"response"' in data:

@@ -38,8 +38,8 @@ from tools.fuzzing.tiny_model import NAME
 
 BODY_BYTES_MAX = 256 << 10
 _NOT_IMPLEMENTED = frozenset({501})  # what KServe answers where the model has no such method
-_HEADERS = ("x-request-id", "content-type", "accept", "inference-header-content-length", "ce-id", "ce-type", "ce-source",
-            "ce-specversion", "ce-batch", "ce-time", "ce-customid")  # fmt: skip
+_HEADERS = ("x-request-id", "content-type", "accept", "inference-header-content-length", "ce-id", "ce-type",
+            "ce-source", "ce-specversion", "ce-batch", "ce-time", "ce-customid")  # fmt: skip
 _OPENAI = "/openai/v1"
 _LONG = {
     "model": NAME, "prompt": ["To be", "or not"], "max_tokens": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 5,
@@ -64,8 +64,8 @@ _BODIES: tuple[tuple[str, Any], ...] = (
                                   "outputs": [{"name": "text_output"}, {"name": "output_ids"}]}),
     (f"/v2/models/{NAME}/infer", {"inputs": [{"name": "input_ids", "shape": [1, 3], "datatype": "INT64",
                                   "data": [1, 2, 3], "parameters": {"x": 1}}], "parameters": {"max_tokens": 2}}),
-    (f"/v2/models/{NAME}/generate", {"text_input": "To be", "parameters": {"max_tokens": 3, "details": True, "stop": ["q"],
-                                     "temperature": 0.5}}),
+    (f"/v2/models/{NAME}/generate", {"text_input": "To be", "parameters": {"max_tokens": 3, "details": True, 
+                                     "stop": ["q"], "temperature": 0.5}}),
     (f"/v2/models/{NAME}/generate_stream", {"text_input": "To be", "parameters": {"max_tokens": 3}}),
     (f"/v2/repository/models/{NAME}/unload", {}),
     (f"/v2/repository/models/{NAME}/load", {}),
@@ -102,7 +102,9 @@ class PublicDoor:
         if request.method == "GET" or kind == 0:
             return mutated_request(random, request, _HEADERS).to_bytes()
         if kind == 1:
-            changed = replace(request, body=mutated(random, request.body, [word.encode(errors="replace") for word in TEXTS[:40]]))
+            changed = replace(
+                request, body=mutated(random, request.body, [word.encode(errors="replace") for word in TEXTS[:40]])
+            )
         else:
             changed = replace(request, body=_changed_body(random, request))
         return (mutated_request(random, changed, _HEADERS) if kind == 2 else changed).to_bytes()
@@ -150,7 +152,12 @@ class PublicDoor:
         self._chain = Chain(PLAN, urls)
         await self._chain.start()
         service = Service(
-            self._chain, load_tokenizer(str(checkpoint)), name=NAME, requests_max=64, batch_requests_max=16, choices_max=8
+            self._chain,
+            load_tokenizer(str(checkpoint)),
+            name=NAME,
+            requests_max=64,
+            batch_requests_max=16,
+            choices_max=8,
         )
         self._events = EventsDoor(service)
         await self._events.start()
@@ -248,10 +255,9 @@ def _predictions_as_events() -> list[Request]:
 def _binary_tensor() -> Request:
     """A V2 request whose data stand behind the JSON (the binary tensor data extension)."""
     data = struct.pack("<I", 5) + b"To be"
-    head = json.dumps(
-        {"inputs": [{"name": "text_input", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}],
-         "parameters": {"max_tokens": 2}}
-    ).encode()  # fmt: skip
+    size = {"binary_data_size": len(data)}
+    tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "parameters": size}
+    head = json.dumps({"inputs": [tensor], "parameters": {"max_tokens": 2}}).encode()
     headers = (("content-type", "application/octet-stream"), ("inference-header-content-length", str(len(head))))
     return Request("POST", f"/v2/models/{NAME}/infer", headers, head + data)
 
@@ -334,7 +340,12 @@ class ResultsDoor:
 
 
 def _result_requests() -> list[Request]:
-    line = {"id": "x", "custom_id": "a", "response": {"status_code": 200, "request_id": "r", "body": {"n": 1}}, "error": None}
+    line = {
+        "id": "x",
+        "custom_id": "a",
+        "response": {"status_code": 200, "request_id": "r", "body": {"n": 1}},
+        "error": None,
+    }
     found = []
     for target, kind, data in (("/", RESULT, line), ("/", CANCEL, {"batch": "b"}), ("/dead-letters", REQUEST, _LINE)):
         more = {"knativeerrorcode": "500", "knativeerrordest": "http://a", "knativeerrordata": "bm8="}

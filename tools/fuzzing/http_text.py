@@ -63,9 +63,7 @@ def mutated_request(random: Random, request: Request, headers: Sequence[str] = (
         return request
     at = random.randrange(len(request.headers))
     name, value = request.headers[at]
-    return replace(
-        request, headers=(*request.headers[:at], (name, _value(random, value)), *request.headers[at + 1 :])
-    )
+    return replace(request, headers=(*request.headers[:at], (name, _value(random, value)), *request.headers[at + 1 :]))
 
 
 def _value(random: Random, value: str) -> str:

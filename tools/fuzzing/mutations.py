@@ -51,7 +51,9 @@ def mutated_json(random: Random, value: Any) -> bytes:
 
 def dumped(value: Any) -> bytes:
     """`value` as JSON, with what `hostile` put into it; half characters stay escaped."""
-    return _MARKED.sub(lambda match: _RAW[int(match[1])], json.dumps(value, separators=(",", ":"))).encode()
+    text = json.dumps(value, separators=(",", ":"))
+    # a mark may have been changed itself, to any number
+    return _MARKED.sub(lambda match: _RAW[int(match[1][-4:]) % len(_RAW)], text).encode()
 
 
 def changed_value(random: Random, value: Any, depth: int = 0) -> Any:
@@ -116,7 +118,7 @@ def _changed_array(random: Random, value: list[Any], depth: int) -> list[Any]:
         return value[:at] + value[at + 1 :]
     if kind == 1:
         return value[:at] + [value[at]] * random.choice((2, 3, 50)) + value[at:]
-    return value[:at] + [changed_value(random, value[at], depth + 1)] + value[at + 1 :]
+    return [*value[:at], changed_value(random, value[at], depth + 1), *value[at + 1 :]]
 
 
 def _few(random: Random) -> int:

@@ -164,7 +164,9 @@ def app_of(service: StageService) -> App:
 def step_of(*chunks: tuple[int, int, Sequence[int]], params: SamplingParams | None = None) -> Step:
     """A first stage's step of (sequence, start, tokens)."""
     slices = tuple(Slice(sequence, start, len(tokens)) for sequence, start, tokens in chunks)
-    opened = {sequence: Opening(params or SamplingParams(), len(tokens)) for sequence, start, tokens in chunks if not start}
+    opened = {
+        sequence: Opening(params or SamplingParams(), len(tokens)) for sequence, start, tokens in chunks if not start
+    }
     return Step(slices, np.array([t for _, _, tokens in chunks for t in tokens], dtype=np.int32), None, opened)
 
 

@@ -48,7 +48,9 @@ def _with_header(random: Random, body: bytes) -> bytes:
             entry = {**entry, "dtype": random.choice((*ITEM_BYTES, "F4", "", 3))}
         else:
             numbers = list(entry[part] if isinstance(entry[part], list) else ()) or [0]
-            numbers[random.randrange(len(numbers))] = random.choice((*NUMBERS, len(data), len(data) + 1, 0.5, "1", None))
+            numbers[random.randrange(len(numbers))] = random.choice(
+                (*NUMBERS, len(data), len(data) + 1, 0.5, "1", None)
+            )
             entry = {**entry, part: numbers if random.random() < 0.8 else numbers * random.choice((0, 2, 9))}
         header = {**header, name: entry}
     return _joined(header, data)
@@ -69,7 +71,7 @@ def _with_metadata(random: Random, body: bytes) -> bytes:
     header, data = _split(body)
     metadata: dict[str, Any] = dict(header.get("__metadata__") or {})
     name = random.choice((*metadata, "openings", "ask", "x"))
-    if name in metadata and random.random() < 0.8:
+    if metadata.get(name, "").startswith("{") and random.random() < 0.8:
         metadata[name] = mutated_json(random, json.loads(metadata[name])).decode(errors="replace")
     else:
         metadata[name] = hostile(random, "{}")
