@@ -263,6 +263,31 @@ def test_unreadable_error_becomes_a_failure_that_quotes_it(data: Any) -> None:
     assert str(data)[:20] in str(error)
 
 
+INFO = {
+    "model": "m", "plan": "p", "stage": 0, "stages": 1, "blocks": [0, 1], "replica": "h:1", "dtype": "float32",
+    "device": "cpu", "hidden_size": 1, "vocab_size": 1, "max_positions": 1, "kv_bytes_per_token": 8,
+    "kv_bytes_max": 1000, "kv_bytes_used": 600, "weight_bytes": 0, "sequences": 3,
+}  # fmt: skip
+
+
+def test_stage_info_is_read_with_members_that_came_later() -> None:
+    info = StageInfo.from_json({**INFO, "later": [1]})
+    assert (info.blocks, info.kv_tokens_free) == ((0, 1), 50)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, [], {}, {**INFO, "blocks": [0]}, {**INFO, "blocks": "01"}, {**INFO, "blocks": [0, None]},
+     {**INFO, "kv_bytes_max": "1000"}, {**INFO, "kv_bytes_used": {}}, {**INFO, "kv_bytes_max": True},
+     {**INFO, "vocab_size": -1}, {**INFO, "hidden_size": 1.5}, {**INFO, "sequences": 10**400}, {**INFO, "replica": 1},
+     {name: value for name, value in INFO.items() if name != "dtype"}],
+    ids=lambda data: str(data)[-60:],
+)  # fmt: skip
+def test_stage_info_that_nobody_could_compute_with_is_an_error(data: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be|JSON object|missing"):
+        StageInfo.from_json(data)
+
+
 def test_budget_in_tokens_of_a_stage_without_kv_cache_is_no_division_by_zero() -> None:
     info = StageInfo("m", "p", 0, 1, (0, 1), "h:1", "float32", "cpu", 1, 1, 1, 0, 100, 0, 0, 0)
     assert info.kv_tokens_free == 100

@@ -198,6 +198,43 @@ def test_errors_have_kserves_shape(live_server: Any, path: str, body: Any, statu
     assert "Traceback" not in reply.text
 
 
+def binary(length: int | None = None, **changed: Any) -> tuple[bytes, str]:
+    """A V2 request with a text of two bytes behind its JSON, and the length of that; None leaves a member out."""
+    tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 6}, **changed}
+    head = json.dumps({"inputs": [{name: value for name, value in tensor.items() if value is not None}]}).encode()
+    return head + b"\x02\x00\x00\x00To", str(len(head) if length is None else length)
+
+
+BAD_BINARY = {
+    "shape": binary(shape=[0]),
+    "no shape": binary(shape=None),
+    "no datatype": binary(datatype=None),
+    "unknown datatype": binary(datatype="X"),
+    "cut short": (binary()[0][:-1], binary()[1]),
+    "size in words": binary(parameters={"binary_data_size": "x"}),
+    "length in words": (binary()[0], "x"),
+    "negative length": (binary()[0], "-1"),
+    "no inputs": (b"{}", "2"),
+    "a list": (b"[]", "2"),
+}
+
+
+@pytest.mark.parametrize(("body", "length"), BAD_BINARY.values(), ids=BAD_BINARY)
+def test_binary_tensors_that_do_not_fit_are_a_mistake_of_the_client(live_server: Any, body: bytes, length: str) -> None:
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": length}
+    reply = httpx.post(f"{live_server.url}/v2/models/toy/infer", content=body, headers=headers)
+    assert (reply.status_code, list(reply.json())) == (400, ["error"]), reply.text
+    assert "Traceback" not in reply.text
+
+
+def test_a_binary_tensor_is_read(live_server: Any) -> None:
+    body, length = binary()
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": length}
+    reply = httpx.post(f"{live_server.url}/v2/models/toy/infer", content=body, headers=headers)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["outputs"][0]["name"] == "text_output"
+
+
 def test_mistakes_of_clients_leave_no_trace_in_the_log(live_server: Any) -> None:
     before = len(live_server.log.read_text())
     httpx.post(f"{live_server.url}/v1/models/toy:predict", json={"instances": []})

@@ -119,6 +119,8 @@ UNREADABLE = {
     "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "length in words": b"HTTP/1.1 200 OK\r\nContent-Length: ten\r\n\r\n",
     "negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+    "more than there is memory": b"HTTP/1.1 200 OK\r\nContent-Length: 9223372036854775807\r\n\r\n",
+    "a length of 5000 digits": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n",
     "more than the length": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nab",
     "endless headers": b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * (HEAD_BYTES_MAX // 6 + 1),
     "nothing": b"",
@@ -153,6 +155,19 @@ async def _asked(
 ) -> None:
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         await connections.post(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", "", b"", 30)
+
+
+async def test_what_follows_a_large_reply_is_not_taken_for_another(connections: ReplicaConnections) -> None:
+    """It comes where the end of the body was received, of which no buffer is left."""
+    told: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(str(context)))
+    body, rest = bytes(2 * HEAD_BYTES_MAX), b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    async with serving(lambda head, asked: reply(body) + rest, piece=HEAD_BYTES_MAX) as server:
+        for _ in range(2):
+            assert bytes((await connections.post(server.url, "", b"x", 30)).body) == body
+            await asyncio.sleep(0.05)  # for what follows
+        connections.close()
+    assert told == []
 
 
 async def test_connection_close_is_obeyed(connections: ReplicaConnections) -> None:

@@ -32,7 +32,8 @@ _TEMPLATE_WORDS = ("{% for m in messages %}", "{% endfor %}", "{{ messages }}", 
                    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ range(10) | list }}", "{% include 'x' %}",
                    "{% set x = [] %}", "| tojson", "{{ raise_exception('no') }}", "{{ 1/0 }}",
                    "{{ strftime_now('%Q') }}", "{{ messages[9].content }}", "{{ (1).__add__ }}", "{% generation %}",
-                   "{{ lipsum() }}", "{{ '%x' % 'a' }}", "{{ [] + 1 }}", "{{ namespace(a=1).b.c }}", "{{ 'a' * 1000 }}", "{{ none.x }}",
+                   "{{ lipsum() }}", "{{ '%x' % 'a' }}", "{{ [] + 1 }}", "{{ namespace(a=1).b.c }}", "{{ 'a' * 1000 }}",
+                   "{{ none.x }}",
                    "{% break %}", "{{ messages | map(attribute='__init__') | list }}", "{{ 'a'.encode('xyz') }}",
                    "{{ '{0.__class__}'.format(1) }}", "{{ messages | groupby('role') }}", "{{ {}['a'] }}")  # fmt: skip
 
