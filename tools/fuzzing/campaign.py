@@ -213,12 +213,13 @@ def _work(task: Task, open_door: Callable[[str, Path], Door], folder: Path, pipe
         if told_s - begun_s > task.seconds_max:
             break
         done = index + 1 - task.start
-        data = input_of(door, task.door, task.seed, index)
-        kept = data[: _FILE_BYTES - _HEAD.size]
-        view[_HEAD.size : _HEAD.size + len(kept)] = kept
-        _HEAD.pack_into(view, 0, index, len(kept))
+        data = b""
         before_s = time.process_time()
         try:
+            data = input_of(door, task.door, task.seed, index)  # a fault in here is found like one of the door
+            kept = data[: _FILE_BYTES - _HEAD.size]
+            view[_HEAD.size : _HEAD.size + len(kept)] = kept
+            _HEAD.pack_into(view, 0, index, len(kept))
             accepted += door.take(data) == "accepted"
             if done % task.check_every == 0 or index + 1 == task.end:
                 door.check()

@@ -47,7 +47,8 @@ def _with_header(random: Random, body: bytes) -> bytes:
         if part == "dtype":
             entry = {**entry, "dtype": random.choice((*ITEM_BYTES, "F4", "", 3))}
         else:
-            numbers = list(entry[part] if isinstance(entry[part], list) else ()) or [0]
+            before = entry.get(part)  # gone, if it was renamed a moment ago
+            numbers = list(before if isinstance(before, list) else ()) or [0]
             numbers[random.randrange(len(numbers))] = random.choice(
                 (*NUMBERS, len(data), len(data) + 1, 0.5, "1", None)
             )
