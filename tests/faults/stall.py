@@ -92,24 +92,26 @@ async def measured(setup: Setup, kills: int, context: int) -> list[Kill]:
     asks = [Ask(prompt, NEW_TOKENS) for prompt in prompts]
     async with Fleet(setup, lambda text: None) as fleet, aiohttp.ClientSession() as session:
         await fleet.settled()
-        expected = [await _undisturbed(session, fleet, ask) for ask in asks]
+        expected = [await _undisturbed(session, fleet, ask, f"undisturbed-{i}") for i, ask in enumerate(asks)]
         found = []
         for number in range(kills):
             index, lost = number % len(asks), number % len(setup.spans)
-            found.append(await _killed(session, fleet, asks[index], expected[index], lost))
+            found.append(await _killed(session, fleet, asks[index], expected[index], lost, f"kill-{number}"))
             await fleet.settled()
     return found
 
 
-async def _undisturbed(session: aiohttp.ClientSession, fleet: Fleet, ask: Ask) -> Expected:
+async def _undisturbed(session: aiohttp.ClientSession, fleet: Fleet, ask: Ask, key: str) -> Expected:
     client = Client(session, fleet.base_url, lambda: 0, lambda tokens: None)
-    outcome = await client.run(ask.body(MODEL_NAME, stream=True), "", None, Line())
+    outcome = await client.run(ask.body(MODEL_NAME, stream=True), key, None, Line())
     if outcome.verdict != "right":
         raise StallError(f"before any kill an answer was {outcome.verdict}: {outcome.note}")
     return Expected(outcome.tokens, outcome.text)
 
 
-async def _killed(session: aiohttp.ClientSession, fleet: Fleet, ask: Ask, expected: Expected, lost: int) -> Kill:
+async def _killed(
+    session: aiohttp.ClientSession, fleet: Fleet, ask: Ask, expected: Expected, lost: int, key: str
+) -> Kill:
     fault = Fault(1, "kill", KILL_AFTER, lost, "during", 0.0, None, salt=0)
     seen = 0
 
@@ -121,7 +123,7 @@ async def _killed(session: aiohttp.ClientSession, fleet: Fleet, ask: Ask, expect
 
     before = [armed.computed_tokens for armed in fleet.armed]
     client = Client(session, fleet.base_url, lambda: 0, count)
-    outcome = await client.run(ask.body(MODEL_NAME, stream=True), "", expected, Line())
+    outcome = await client.run(ask.body(MODEL_NAME, stream=True), key, expected, Line())
     if outcome.verdict != "right":
         raise StallError(f"after stage {lost} was killed the answer was {outcome.verdict}: {outcome.note}")
     needed = len(ask.prompt) + ask.max_tokens - 1
