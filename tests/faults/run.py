@@ -11,7 +11,7 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.faults import residue, ways
+from tests.faults import residue
 from tests.faults.client import Client, Expected, Line, Outcome
 from tests.faults.fleet import MODEL_NAME, Fleet, Setup
 from tests.faults.reference import greedy_answers
@@ -139,9 +139,7 @@ async def disturbed_run(
         await injector.settled()
         await fleet.settled()
         diary.tell("the disturbed run is over, everything is whole again")
-        held = await residue.left_sequences(fleet, residue.EMPTY_S_MAX if ways.has_leases() else 1.0)
-        if not ways.has_leases():
-            held = {}  # a release that was lost is lost for good
+        held = await residue.left_sequences(fleet, residue.EMPTY_S_MAX)
         after = await residue.usage(fleet)
         complaints = residue.complaints(before, after, held, len(fleet.replicas))
         computed = [armed.computed_tokens - old for armed, old in zip(fleet.armed, computed, strict=True)]

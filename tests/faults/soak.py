@@ -122,7 +122,7 @@ def _stage_counts(text: str) -> list[int]:
 
 def _kinds(text: str) -> Sequence[Kind]:
     if not text:
-        return ways.kinds()
+        return KINDS
     unknown = set(text.split(",")) - set(KINDS)
     if unknown:
         raise typer.BadParameter(f"no kind {sorted(unknown)[0]!r}; there are {', '.join(KINDS)}", param_hint="--kinds")

@@ -9,7 +9,7 @@ import pytest
 from tests.faults import ways, workload
 from tests.faults.checkpoint import VOCABULARY, write_checkpoint
 from tests.faults.run import Result, disturbed_run
-from tests.faults.schedule import planned
+from tests.faults.schedule import KINDS, planned
 
 SEED = 7
 GENERATIONS = 20
@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def soaked(model: Path, folder: Path, seed: int, *, stages: int, generations: int, each: int) -> Result:
     pool = workload.asks(seed, vocabulary=VOCABULARY, prompt_max=60, tokens_max=40, count=8)
     runs = workload.generations(seed, generations, len(pool))
-    counts = dict.fromkeys(ways.kinds(), each)
+    counts = dict.fromkeys(KINDS, each)
     faults = planned(seed, counts, stages=stages, tokens=workload.tokens_of(runs, pool), times=0.4)
     return await disturbed_run(ways.setup(model, folder, stages), pool, runs, faults)
 
@@ -34,7 +34,7 @@ async def test_answers_are_right_while_one_fault_of_each_kind_comes(model: Path,
     result = await soaked(model, tmp_path, SEED, stages=2, generations=GENERATIONS, each=1)
     assert result.complaints == [], "\n".join(result.log)
     assert result.verdicts == {"right": GENERATIONS}
-    assert set(result.injected) == set(ways.kinds()), "a fault found nobody to befall"
+    assert set(result.injected) == set(KINDS), "a fault found nobody to befall"
 
 
 @pytest.mark.slow

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 
-from functions.settings import StageSettings
-from orchestrator.settings import OrchestratorSettings
 from tests.faults.checkpoint import spans
 from tests.faults.fleet import Setup
-from tests.faults.schedule import KINDS, Kind
 
 LEASE_S = 8.0
 _ORCHESTRATOR = {
-    "step_timeout_s": "3",
-    "hang_floor_s": "1",
-    "wake_timeout_s": "60",
-    "release_timeout_s": "3",
-    "probe_every_s": "0.2",
-    "grace_s": "3",
+    "STEP_TIMEOUT_S": "3",
+    "HANG_FLOOR_S": "1",
+    "WAKE_TIMEOUT_S": "60",
+    "RELEASE_TIMEOUT_S": "3",
+    "PROBE_EVERY_S": "0.2",
+    "GRACE_S": "3",
 }
-_STAGE = {"kv_lease_s": str(LEASE_S)}
-
-
-def has_leases() -> bool:
-    """Without them, sequences whose release was lost stay for ever."""
-    return "kv_lease_s" in StageSettings.model_fields
-
-
-def kinds() -> tuple[Kind, ...]:
-    """Those that can be survived: without digests, flipped bits change texts, and without deadlines whatever is silent
-    is waited for."""
-    needed = {"corrupt": "functions.contract.seals", "stop": "orchestrator.deadlines", "drop": "orchestrator.deadlines"}
-    return tuple(kind for kind in KINDS if kind not in needed or importlib.util.find_spec(needed[kind]) is not None)
+_STAGE = {"KV_LEASE_S": str(LEASE_S)}
 
 
 def setup(model: Path, folder: Path, stages: int) -> Setup:
@@ -42,10 +25,6 @@ def setup(model: Path, folder: Path, stages: int) -> Setup:
         model,
         folder,
         spans(stages),
-        stage_settings=_known(_STAGE, "STAGE_", StageSettings.model_fields),
-        orchestrator_settings=_known(_ORCHESTRATOR, "ORCHESTRATOR_", OrchestratorSettings.model_fields),
+        stage_settings={f"STAGE_{name}": value for name, value in _STAGE.items()},
+        orchestrator_settings={f"ORCHESTRATOR_{name}": value for name, value in _ORCHESTRATOR.items()},
     )
-
-
-def _known(settings: Mapping[str, str], prefix: str, fields: Mapping[str, object]) -> dict[str, str]:
-    return {prefix + name.upper(): value for name, value in settings.items() if name in fields}
