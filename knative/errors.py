@@ -16,6 +16,10 @@ class KnativeError(Exception):
 
     status = 500
 
+    def __str__(self) -> str:
+        """Can be written anywhere: half a surrogate pair, which JSON can bring in, becomes an escape."""
+        return super().__str__().encode(errors="backslashreplace").decode()
+
 
 PROBLEMS_TOLD_MAX = 100  # a manifest of megabytes has room for more than anybody reads
 

@@ -53,7 +53,7 @@ class GenerationError(Exception):
         param: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message.encode(errors="backslashreplace").decode())  # half a surrogate pair is no UTF-8
         self.status = status
         self.code = code
         self.param = param

@@ -115,9 +115,10 @@ def _keep(finding: Finding, folder: Path, seed: int) -> None:
     file = folder / f"{name}.{finding.kind}.{seed}-{finding.index}.input"
     file.write_bytes(finding.data)
     file.with_suffix(".txt").write_text(
-        f"{finding.kind} at the door {finding.door}, input {finding.index} of seed {seed}\n\n{finding.text}"
+        f"{finding.kind} at the door {finding.door}, input {finding.index} of seed {seed}\n\n{finding.text}",
+        errors="backslashreplace",  # half characters
     )
-    print(f"{finding.kind}: {finding.text.strip().splitlines()[-1][:300]}\n  --replay {file}", file=sys.stderr)
+    print(f"{finding.kind}: {ascii(finding.text.strip().splitlines()[-1])[1:300]}\n  --replay {file}", file=sys.stderr)
 
 
 def _by_door(files: Sequence[Path]) -> dict[str, list[Path]]:

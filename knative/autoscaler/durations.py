@@ -15,8 +15,9 @@ _UNIT_NS = {
     "m": 60_000_000_000,
     "h": 3_600_000_000_000,
 }
-_TERM = r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)"
-_DURATION = re.compile(rf"([+-]?)((?:{_TERM})+)", re.ASCII)
+_TERM = r"(\d++(?:\.\d*+)?|\.\d++)(ns|us|µs|μs|ms|s|m|h)"
+# possessive: where digits could belong to two terms, a long text that is no duration would take for ever
+_DURATION = re.compile(rf"([+-]?)((?:{_TERM})++)", re.ASCII)
 _TERMS = re.compile(_TERM, re.ASCII)
 _MAX_NS = 2**63 - 1
 

@@ -12,5 +12,9 @@ def test_a_manifest_full_of_problems_does_not_fill_the_screen() -> None:
     assert error.problems == tuple(problems)
 
 
+def test_half_characters_are_told_as_escapes() -> None:
+    assert str(ValidationError(["a \ud800"])) == "a \\ud800"
+
+
 def test_few_problems_are_all_told() -> None:
     assert str(ValidationError(["a", "b"])) == "a\nb"
