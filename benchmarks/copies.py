@@ -46,7 +46,7 @@ async def at_stage(size: int) -> float:
         def start(self) -> None:
             """There is nothing to load."""
 
-        async def answer(self, event: Event, replica: str, path: str) -> Event:
+        async def answer(self, event: Event, replica: str, path: str, gone: object) -> Event:
             hidden = np.full(len(event.data), 1, dtype=np.uint8).data
             return Event(events.STEPPED, "/stage", "1.reply", events.TENSORS, b"head", {}, [hidden])
 

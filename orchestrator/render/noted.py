@@ -81,4 +81,5 @@ def _quoted(text: str) -> str:
 
 def _lines(comment: str | tuple[str, ...], indent: int) -> list[str]:
     texts = (comment,) if isinstance(comment, str) else comment
-    return [f"# {line}" for text in texts if text for line in textwrap.wrap(text, _WIDTH - indent - 2)]
+    width = _WIDTH - indent - 2  # options of commands are not taken apart at their hyphens
+    return [f"# {line}" for text in texts if text for line in textwrap.wrap(text, width, break_on_hyphens=False)]

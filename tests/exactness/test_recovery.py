@@ -149,16 +149,14 @@ async def test_a_stage_that_stands_still_for_a_moment_changes_no_token(
 async def test_a_full_lane_that_cannot_go_back_survives_a_stage_that_stands_still(
     start_stages: Any, open_chain: Any, answer: Any, prompts: Any
 ) -> None:
-    """It is asked for a step again that it then finds twice. Recurrent state has no way back, so all sequences have to
-    be computed again, and they are more than there are attempts."""
+    """It is asked for a step again that it has had, computed or not. Recurrent state has no way back, so what was
+    computed has to be computed from the beginning, and the sequences are more than there are attempts."""
     stages = start_stages("falcon_h1", ["0:2", "2:4"])
     chain = await open_chain(stages, ChainSettings(lanes_max=1, backoff_s=0.01))
     many = [*prompts, *(prompt[::-1] for prompt in prompts)]
     undisturbed = await asyncio.gather(*(answer(chain, prompt, NEW_TOKENS, PARAMS) for prompt in many))
     pause = Pause(chain, stages.processes[1].pid, seconds=3.0, patience_s=2.0)
-    before = computed_again(1)
     assert await answers_disturbed(chain, many, pause.begin) == undisturbed
-    assert computed_again(1) > before
     await pause.ended()
 
 

@@ -105,7 +105,7 @@ async def test_flipped_bits_cost_tries_and_change_no_text(
             found = await asyncio.gather(*(answer(chain, prompt, TOKENS) for prompt in prompts[:3]))
             first.rate = second.rate = 0.0
     assert found == [whole_model("llama", prompt, TOKENS) for prompt in prompts[:3]]
-    assert first.flips + second.flips > 5
+    assert first.flips + second.flips > 2
 
 
 async def test_signed_chain_answers_as_ever_and_takes_no_other_event(

@@ -33,7 +33,7 @@ class Stand:
     def start(self) -> None:
         """There is nothing to load."""
 
-    async def answer(self, event: Event, replica: str, path: str) -> Event | None:
+    async def answer(self, event: Event, replica: str, path: str, gone: object) -> Event | None:
         wanted = event.extensions.get("wanted")
         if wanted == "nothing":
             return None

@@ -275,7 +275,7 @@ BAD_HTTP: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "broken JSON": ("POST", "completions", {"content": b'{"model": '}, 400, "invalid_json"),
     "NaN": ("POST", "completions", {"content": b'{"model": "toy", "prompt": "a", "top_p": NaN}'}, 400, "invalid_json"),
     "not UTF-8": ("POST", "completions", {"content": b'{"model": "\xff"}'}, 400, "invalid_json"),
-    "deep": ("POST", "completions", {"content": b"[" * 90_000}, 400, "invalid_json"),
+    "deep": ("POST", "completions", {"content": b"[" * 90_000}, 400, "nested_too_deeply"),
     "a list": ("POST", "completions", {"json": []}, 400, "invalid_json"),
     "unknown model": ("POST", "completions", {"json": {**COMPLETION, "model": "x"}}, 404, "model_not_found"),
     "form": ("POST", "completions", {"data": {"model": "toy"}}, 415, "unsupported_media_type"),

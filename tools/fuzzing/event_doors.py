@@ -235,9 +235,7 @@ def _replies() -> list[bytes]:
 
 
 def _reply(status: int, kind: str, content_type: str, body: bytes) -> bytes:
-    event = Event(
-        kind, "/stagecraft/tiny/stages/1/x", "1.reply", content_type, body, {"replica": "x", "computeus": "5"}
-    )
+    event = Event(kind, "/elsewhere/tiny/stages/1/x", "1.reply", content_type, body, {"replica": "x", "computeus": "5"})
     headers, _ = events.to_http(event)
     lines = [f"HTTP/1.1 {status} X", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body

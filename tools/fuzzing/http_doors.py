@@ -221,7 +221,7 @@ def _orchestrator_app(service: Service, events: EventsDoor) -> App:
         from orchestrator.kserve_model import StagedModel
         from orchestrator.kserve_parts import FixedModels, StagedDataPlane
 
-    prepare_app(app, service, events, body_bytes_max=BODY_BYTES_MAX)
+    prepare_app(app, service, events, body_bytes_max=BODY_BYTES_MAX, json_depth_max=64, timeout_s=0.0)
     models = kserve.ModelRepository()
     models.update(StagedModel(service))
     RESTServer(

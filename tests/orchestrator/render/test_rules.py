@@ -152,7 +152,7 @@ KNATIVE_CASES = [
     ("NetworkPolicy/m-stages>spec>podSelector", {"matchLabels": {}}, "closes the orchestrator"),
     ("NetworkPolicy/m-stages>spec>ingress>0>from", [], "lets everybody in"),
     ("NetworkPolicy/m-stages>spec>ingress>0>from>0>podSelector>matchLabels>x", "y", "keeps the orchestrator"),
-    ("NetworkPolicy/m-stages>spec>ingress>1>ports", [{"port": 8012}], "autoscaler out"),
+    ("NetworkPolicy/m-stages>spec>ingress>2>ports", [{"port": 8012}], "autoscaler out"),
     ("NetworkPolicy/m-stages>spec>ingress>1>ports>0>protocol", "HTTP", "none of"),
     ("PodMonitor/m>spec>selector>matchLabels>x", "y", "does not select"),
     ("PodMonitor/m>spec>podTargetLabels>0", "nope", "no pod has"),
