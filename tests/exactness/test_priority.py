@@ -71,7 +71,9 @@ async def test_no_batch_is_let_in_while_an_interactive_request_waits_for_memory(
 ) -> None:
     """88 tokens of 200 are taken, the large one waits for 120. A small batch sequence of 8 would fit beside what runs;
     it does not overtake the large interactive one."""
-    crowd = Crowd(await open_chain(start_stages("llama", HALVES, STAGE_KV_BYTES_MAX=KV_BYTES_MAX)))
+    # of two lanes either might be first
+    one_lane = ChainSettings(spread=1)
+    crowd = Crowd(await open_chain(start_stages("llama", HALVES, STAGE_KV_BYTES_MAX=KV_BYTES_MAX), one_lane))
     await crowd.add("running", request_of(prompts[0], "batch", LONG))
     await crowd.add("large", request_of(prompts[0], "interactive", 110))
     await crowd.add("small", request_of(prompts[3], "batch", 5))
