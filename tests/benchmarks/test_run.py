@@ -110,6 +110,7 @@ def test_goals_choose_the_figures_by_themselves(root: Path) -> None:
     assert "--only cannot" in done.stderr
 
 
+@pytest.mark.slow
 def test_real_time_needs_a_right(root: Path, tmp_path: Path) -> None:
     limits = "import os; os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))"
     allowed = subprocess.run([sys.executable, "-c", limits], capture_output=True, check=False).returncode == 0
