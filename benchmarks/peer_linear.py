@@ -82,7 +82,7 @@ class Floor:
         groups = [fastest_group(wide, outs, rows, self._blocks) for wide, outs in self._widths.groups]
         return [one for block in range(self._blocks) for group in groups for one in group[block]]
 
-    @cache  # noqa: B019  as above
+    @cache  # noqa: B019  one of them lives as long as the process
     def _head_products(self, rows: int) -> list[tuple[Product, torch.Tensor]]:
         if not self._head or not rows:
             return []

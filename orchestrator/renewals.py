@@ -13,6 +13,7 @@ import structlog
 
 from functions.contract.errors import StageError
 from orchestrator.stage_client import StageClient, StageUnreachable
+from orchestrator.while_needed import WhileNeeded
 
 log = structlog.get_logger()
 
@@ -21,27 +22,17 @@ _PER_LEASE = 3  # one that is lost, or comes late, costs nothing
 Held = Mapping[tuple[int, str], Sequence[int]]  # (stage, URL of a replica) -> sequences there
 
 
-class Renewals:
+class Renewals(WhileNeeded):
     """`lease_s` is the shortest of the stages', 0 where they have none."""
 
     def __init__(
         self, clients: Sequence[StageClient], held: Callable[[], Held], lease_s: Callable[[], float], timeout_s: float
     ) -> None:
+        super().__init__()
         self._clients = clients
         self._held = held
         self._lease_s = lease_s
         self._timeout_s = timeout_s
-        self._task: asyncio.Task[None] | None = None
-
-    def begin(self) -> None:
-        """To be called when something is held; ends by itself when nothing is."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         while every_s := self._lease_s() / _PER_LEASE:

@@ -13,6 +13,8 @@ from typing import Literal
 import aiohttp
 import structlog
 
+from orchestrator.while_needed import WhileNeeded
+
 log = structlog.get_logger()
 
 # both are needed: without that user agent the probe would be passed on to the stage
@@ -23,26 +25,16 @@ _TIMEOUT_S = 2.0
 State = Literal["serves", "drains", "gone"]
 
 
-class ReplicaWatch:
+class ReplicaWatch(WhileNeeded):
     """`draining` holds the replicas in use (http://HOST:PORT/) that drain or are gone, `gone` the latter alone."""
 
     def __init__(self, session: aiohttp.ClientSession, every_s: float, in_use: Callable[[], set[str]]) -> None:
+        super().__init__()
         self.draining: set[str] = set()
         self.gone: set[str] = set()
         self._session = session
         self._every_s = every_s
         self._in_use = in_use
-        self._task: asyncio.Task[None] | None = None
-
-    def begin(self) -> None:
-        """To be called when a replica is taken into use; the watch ends by itself when none is."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:

@@ -35,7 +35,7 @@ def limited_protocol(limits: HttpLimits) -> type[HttpToolsProtocol]:
         _refused = False
         _receiving: asyncio.TimerHandle | None = None  # while a request is not whole
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
             super().connection_made(transport)
             if len(self.connections) > limits.connections_max:
                 self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections are open; try again later")

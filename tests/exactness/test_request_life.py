@@ -402,8 +402,9 @@ def last_words(new_orchestrator: Callable[..., Orchestrator]) -> dict[str, Any]:
 
     async def all_at_once() -> dict[str, Any]:
         async with httpx.AsyncClient(timeout=120) as client:
-            tasks = {way: asyncio.create_task(ask(client, way)) for way in ("v1", "completion", *STREAMED)}
-            tasks["grpc"] = asyncio.create_task(over_grpc())  # type: ignore[assignment]
+            ways = ("v1", "completion", *STREAMED)
+            tasks: dict[str, asyncio.Task[Any]] = {way: asyncio.create_task(ask(client, way)) for way in ways}
+            tasks["grpc"] = asyncio.create_task(over_grpc())
             await asyncio.to_thread(orchestrator.wait, lambda: orchestrator.sequences() == [8.0, 8.0])
             assert await asyncio.to_thread(orchestrator.end, signal.SIGTERM) == 0
             return dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))

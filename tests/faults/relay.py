@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ async def _connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
     return await asyncio.open_connection("127.0.0.1", port, limit=_BUFFER_BYTES)
 
 
-class Relay:
+class Relay(ABC):
     """A port of this machine whose requests are answered one after another on each connection."""
 
     def __init__(self) -> None:
@@ -114,9 +115,9 @@ class Relay:
             task.cancel()
         await asyncio.gather(*tasks, *self._serving, return_exceptions=True)
 
+    @abstractmethod
     async def answer(self, request: Message) -> Answer:
         """Whoever asked may go meanwhile: then it is cancelled."""
-        raise NotImplementedError
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Work that goes on when nobody waits for it any more, until the relay is closed."""

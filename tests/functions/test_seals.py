@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -156,9 +156,12 @@ async def with_no_ascii(tmp_path: Path) -> dict[str, str]:
     return headers
 
 
+Forged = Callable[[Path], Awaitable[dict[str, str]]]
+
+
 @pytest.mark.parametrize("forged", [without_a_signature, of_another_key, with_a_digest_made_anew, with_no_ascii])
-async def test_what_is_not_signed_with_our_key_is_refused_for_good(tmp_path: Path, forged: object) -> None:
-    headers = await forged(tmp_path)  # type: ignore[operator]
+async def test_what_is_not_signed_with_our_key_is_refused_for_good(tmp_path: Path, forged: Forged) -> None:
+    headers = await forged(tmp_path)
     with pytest.raises(Unauthorized, match="sign") as caught:
         await take(seals(key_file(tmp_path, "a")), headers)
     assert not caught.value.retriable

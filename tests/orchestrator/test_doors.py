@@ -128,7 +128,7 @@ def test_nothing_is_done_without_a_key(server: Server, method: str, path: str, b
 @pytest.mark.parametrize("headers", WRONG.values(), ids=WRONG)
 def test_a_wrong_key_is_refused_and_not_told_again(server: Server, headers: dict[str, str]) -> None:
     raw = {name: value.encode("latin-1") for name, value in headers.items()}
-    reply = server.client.get("/openai/v1/models", headers=raw)  # type: ignore[arg-type]
+    reply = server.client.get("/openai/v1/models", headers=raw)  # type: ignore[arg-type]  # bytes, which httpx takes as they are
     assert reply.status_code == 401
     assert KEY[:-1] not in reply.text + server.log.read_text()
     assert OTHER not in reply.text + server.log.read_text()

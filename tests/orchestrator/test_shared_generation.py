@@ -22,7 +22,8 @@ class Source:
         self.begun = self.closed = 0
         self.letters: asyncio.Queue[str | Exception | None] = asyncio.Queue()
         self.now_s = 0.0
-        self.shared = SharedGenerations[str]("m", len, SharedSettings(**settings), lambda: self.now_s)  # type: ignore[arg-type]
+        given = SharedSettings(**settings)  # type: ignore[arg-type]  # counts are given as whole numbers
+        self.shared = SharedGenerations[str]("m", len, given, lambda: self.now_s)
 
     def let_out(self, *letters: str | Exception | None) -> None:
         for letter in letters:

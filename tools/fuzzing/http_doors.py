@@ -228,7 +228,7 @@ def _orchestrator_app(service: Service, events: EventsDoor) -> App:
         "kserve.model_server:app", StagedDataPlane(models, service), FixedModels(models), http_port=0
     ).create_application()
     quieten_kserve()
-    return app  # type: ignore[no-any-return]
+    return app  # type: ignore[no-any-return]  # kserve has no types
 
 
 def _public_requests() -> list[Request]:
@@ -329,7 +329,7 @@ class ResultsDoor:
             raise Violation("harm", f"the control's results are {page[:300]!r}")
         for batch in json.loads((await self._well(Request("GET", "/batches", ()))).body)["batches"]:
             # by the store itself: not every name of a batch can stand in a path
-            while await self._store.call(lambda file, name=batch["batch"]: file.delete_some(name)):  # type: ignore[misc]
+            while await self._store.call(lambda file, name=batch["batch"]: file.delete_some(name)):  # type: ignore[misc]  # bound now
                 pass
 
     async def _well(self, request: Request) -> Reply:
