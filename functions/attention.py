@@ -7,8 +7,9 @@ and computes. Queries arrive as [1, heads, sum of lengths, size] and are cut by 
     tokens      | a | b | c c c c c c c |              one forward pass
     attention   | a over a's past | b over b's past | c over c's past |
 
-Slices of few tokens (decode) are computed together: by the compiled kernel, which reads pages where they lie, or else
-by torch over gathered and padded rows. Each longer slice (prefill) is one call of torch's own kernel.
+The compiled kernel computes them all in one call and reads pages where they lie. Without it slices of one token
+(decode) are computed by torch over gathered and padded rows, and each longer one (prefill) is a call of torch's own
+kernel.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from functions import paged_attention
 from functions.contract.messages import KV_PAGE_TOKENS
 from functions.kv_cache import KvPool, RowShape, Sequence, pool_rows
+from functions.paged_attention import How
 
 PACKED = "stagecraft_packed"
 _PADDING_MAX = 1.25  # sequences that are gathered together differ in length by no more than that
@@ -34,22 +36,13 @@ _PADDING_MAX = 1.25  # sequences that are gathered together differ in length by 
 _current: ContextVar[PackedPass] = ContextVar("packed_pass")
 
 
+def current_pass() -> PackedPass:
+    """The pass that the model is in."""
+    return _current.get()
+
+
 class Unpackable(Exception):
     """The model does not attend in the way that packing needs."""
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """One block's kind of attention. `sinks` [heads] are scores without a value (gpt_oss)."""
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-
-    @property
-    def fusible(self) -> bool:
-        return self.softcap is None and self.sinks is None
 
 
 class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
@@ -60,11 +53,11 @@ class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
     def __init__(self, sequences: Items[Sequence], lengths: Items[int], pool: KvPool | None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.lengths = list(lengths)
-        self.windows: list[int | None] = []  # sliding window of each attention call so far
+        self.hows: list[How] = []  # of each attention call so far
         self.shapes: list[RowShape] = []  # what each of these calls was given to file
         self._given: tuple[torch.Tensor, torch.Tensor, int] | None = None
         self._rows = _starts(self.lengths)
-        self._pool = pool
+        self.pool = pool
         self._starts = [s.position for s in sequences] if pool is not None else [0] * len(self.lengths)
         self._pages = _Pages(sequences, self._starts, self.lengths, self._rows) if pool is not None else None
 
@@ -74,6 +67,11 @@ class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
 
     def __exit__(self, *_: object) -> None:
         _current.reset(self._token)
+
+    @property
+    def kernel(self) -> paged_attention.Kernel | None:
+        """The kernel for this pass, if it is filed."""
+        return None if self._pages is None else self._pages.kernel
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -95,14 +93,14 @@ class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
             raise Unpackable("keys and values are changed between the cache and attention")
         block = self._given[2]
         self._given = None
-        self.windows.append(how.window)
+        self.hows.append(how)
         query, key, value = query[0], key[0], value[0]
-        if self._pool is None or self._pages is None:
+        if self.pool is None or self._pages is None:
             self.shapes.append(RowShape(key.shape[0], key.shape[2], value.shape[2]))
             out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
             long: Items[int] = range(len(self.lengths))
         else:
-            pools = self._pool.keys[block], self._pool.values[block]
+            pools = self.pool.keys[block], self.pool.values[block]
             out, long = self._pages.attend(query, key, value, pools, how)
         for index in long:
             rows = slice(self._rows[index], self._rows[index] + self.lengths[index])
@@ -117,10 +115,10 @@ class PackedPass(Cache):  # type: ignore[misc]  # Transformers has no types
         """All keys and values of a slice's sequence up to its end, [kv heads, tokens, size]."""
         if self._starts[index] == 0:
             return key, value
-        assert self._pool is not None  # without one all slices start at 0
+        assert self.pool is not None  # without one all slices start at 0
         assert self._pages is not None
-        rows = self._pages.rows_of(index, self._pool.keys[block].device)
-        keys, values = self._pool.keys[block][rows], self._pool.values[block][rows]
+        rows = self._pages.rows_of(index, self.pool.keys[block].device)
+        keys, values = self.pool.keys[block][rows], self.pool.values[block][rows]
         return keys.transpose(0, 1), values.transpose(0, 1)
 
 
@@ -139,11 +137,10 @@ class _Pages:
             KV_PAGE_TOKENS,
         )
         self._lengths = lengths
-        self._kernel = paged_attention.Kernel(self._layout)
+        self.kernel = paged_attention.Kernel(self._layout)
         self._rows: dict[int, torch.Tensor] = {}
         self._new: torch.Tensor | None = None
         self._padded: list[_Padded] | None = None
-        self._long = [i for i, length in enumerate(lengths) if length > paged_attention.SHORT_MAX]
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pools: tuple[torch.Tensor, torch.Tensor],
@@ -152,10 +149,7 @@ class _Pages:
         """Files key and value in the block's pools and computes what is short: [n, heads, value size], and the indices
         of the slices whose rows are still to be computed."""
         if paged_attention.takes(query, key, value, pools, how.sinks):
-            out = self._kernel(
-                query, key, value, pools, scale=how.scale, window=how.window, softcap=how.softcap, sinks=how.sinks
-            )
-            return out, self._long
+            return self.kernel(query, key, value, pools, how), ()
         self._file(key, value, pools)
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[2]))
         if self._padded is None:

@@ -50,10 +50,12 @@ def _found() -> ctypes.CDLL | str:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.paged_attention.argtypes = [_POINTER, _POINTER]
     library.packed_linear.argtypes = [_POINTER]
+    library.fused_blocks.argtypes = [_POINTER]
     packers = (library.pack_linear, library.pack_linear_int8)
     for pack in packers:
         pack.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_int32]
     library.rms_norm.argtypes = [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_float]
-    for function in (library.paged_attention, library.packed_linear, library.rms_norm, *packers):
+    called = (library.paged_attention, library.packed_linear, library.fused_blocks, library.rms_norm)
+    for function in (*called, *packers):
         function.restype = None
     return library

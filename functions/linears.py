@@ -30,9 +30,11 @@ _PANEL = 32  # outputs: PANEL of the C source
 _PACKED = (torch.float32, torch.int8)  # dtypes of weights
 
 
-class _Call(ctypes.Structure):
+class Linear(ctypes.Structure):
+    """Linear of kernels.h."""
+
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "panels", "scale", "y")),
+        *((name, ctypes.c_void_p) for name in ("x", "panels", "scale", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "x_row", "y_row")),
         ("threads", ctypes.c_int32),
     )
@@ -51,9 +53,10 @@ class Panels:
         self._panels = torch.empty((panels, self.inputs, _PANEL), dtype=layers[0].weight.dtype)
         self._panels[-1].zero_()  # it may be filled in part only
         self._scale = _joined_scale(layers, panels * _PANEL)
-        self._bias = _joined_bias(layers)
-        self._call = _Call(
+        self._bias = _joined_bias(layers, panels * _PANEL)
+        self.c_linear = Linear(
             panels=self._panels.data_ptr(), scale=None if self._scale is None else self._scale.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
             inputs=self.inputs, outputs=self.outputs, y_row=self.outputs,
         )  # fmt: skip
         first = 0
@@ -67,12 +70,10 @@ class Panels:
         if rows.stride(-1) != 1 or rows.dtype != torch.float32:
             rows = rows.float().contiguous()
         result = rows.new_empty((rows.shape[0], self.outputs))
-        call = self._call
+        call = self.c_linear
         call.x, call.y, call.rows, call.x_row = rows.data_ptr(), result.data_ptr(), rows.shape[0], rows.stride(0)
         call.threads = torch.get_num_threads()
         self._library.packed_linear(ctypes.byref(call))
-        if self._bias is not None:
-            result += self._bias
         return result.to(states.dtype).view(*states.shape[:-1], self.outputs)
 
     def _fill(self, weight: torch.Tensor, first: int) -> None:
@@ -107,13 +108,13 @@ class PackedLinear(nn.Module):
         self.bias = layer.bias
         if isinstance(layer, Int8Linear):
             self.scale = layer.scale
-        self._panels = panels
+        self.panels = panels
         self._shared = shared
         self._first = first
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         if self._shared is None:
-            return self._panels.product(states)
+            return self.panels.product(states)
         return self._shared.part(states, self._first, self._first + self.out_features)
 
 
@@ -199,8 +200,10 @@ def _joined_scale(layers: Items[Layer], length: int) -> torch.Tensor | None:
     return torch.cat([scale, scale.new_zeros(length - len(scale))])
 
 
-def _joined_bias(layers: Items[Layer]) -> torch.Tensor | None:
+def _joined_bias(layers: Items[Layer], length: int) -> torch.Tensor | None:
+    """float32 [length], likewise."""
     if all(layer.bias is None for layer in layers):
         return None
     parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
-    return torch.cat(parts).float()
+    bias = torch.cat(parts).float()
+    return torch.cat([bias, bias.new_zeros(length - len(bias))])

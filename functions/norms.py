@@ -24,8 +24,8 @@ class FastRmsNorm(nn.Module):
         assert library is not None  # see `replace_norms`
         self._library = library
         self.weight = norm.weight
-        self._factors = factors
-        self._eps = eps
+        self.factors = factors
+        self.eps = eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """float32 [..., size] -> the same shape."""
@@ -34,8 +34,8 @@ class FastRmsNorm(nn.Module):
             rows = rows.contiguous()
         result = torch.empty(states.shape)
         self._library.rms_norm(
-            rows.data_ptr(), self._factors.data_ptr(), result.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0),
-            self._eps,
+            rows.data_ptr(), self.factors.data_ptr(), result.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0),
+            self.eps,
         )  # fmt: skip
         return result
 

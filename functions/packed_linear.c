@@ -1,4 +1,4 @@
-/* y = x W^T in float32 on a CPU, for few rows as well as for many, with W packed in panels, of floats or of int8.
+/* y = x W^T + bias in float32 on a CPU, for few rows as well as for many, with W packed in panels, of floats or of int8.
  *
  * A panel holds 32 outputs, input by input, so that the inner loop reads it from front to back, whatever the number of
  * rows: a single row is as fast as memory, and some dozens are near what the processor can multiply. Each result is
@@ -8,21 +8,18 @@
  * multiplied by the scale at the end. Inputs are not rounded.
  */
 
-#include <stdint.h>
 #include <string.h>
 
+#include "kernels.h"
+
 #define PANEL 32
-#define LANES 16
 #define CACHE_LINE 64 /* bytes */
 #define INPUT_BYTES (512 << 10) /* of the rows that go through all panels together: they stay in a core's own cache */
 #define ROWS_EVEN 12 /* a multiple of each ROWS_MAX: blocks of rows are whole wherever they begin */
-#define INLINE static inline __attribute__((always_inline))
 
 /* Has the compiler keep a pointer as it is, and not put others in its place. */
 #define KEEP(pointer) __asm__("" : "+r"(pointer))
 
-/* Sixteen floats at a time; the compiler makes of it what the processor has. */
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 typedef int8_t Whole __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int16_t Wider __attribute__((vector_size(LANES * sizeof(int16_t))));
 typedef int32_t Widest __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -31,15 +28,6 @@ typedef int32_t Widest __attribute__((vector_size(LANES * sizeof(int32_t))));
 #define CONVERTED(at) \
     __builtin_convertvector( \
         __builtin_convertvector(__builtin_convertvector(*(const Whole *)(at), Wider), Widest), Lanes)
-
-typedef struct {
-    const float *x;
-    const void *panels;
-    const float *scale; /* of each output, to the end of the last panel; NULL: the panels hold floats, else int8 */
-    float *y;
-    int64_t rows, inputs, outputs, x_row, y_row; /* x_row, y_row: floats from one row to the next */
-    int32_t threads;
-} Linear;
 
 /* The results of the rows from `first` to before `end` for one panel. */
 typedef void Panel(const Linear *l, int index, int64_t first, int64_t end);
@@ -51,7 +39,7 @@ typedef void Panel(const Linear *l, int index, int64_t first, int64_t end);
 #undef NAME
 #undef ROWS_MAX
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if PROCESSORS
 #pragma GCC push_options
 #pragma GCC target("arch=haswell")
 #define NAME(name) name##_avx2
@@ -75,29 +63,31 @@ typedef void Panel(const Linear *l, int index, int64_t first, int64_t end);
 
 static Panel *best(int whole)
 {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw"))
-        return whole ? whole_avx512 : floats_avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return whole ? whole_avx2 : floats_avx2;
+    if (HAS_AVX512) return whole ? whole_avx512 : floats_avx512;
+    if (HAS_AVX2) return whole ? whole_avx2 : floats_avx2;
     return whole ? whole_any : floats_any;
 }
 #else
 static Panel *best(int whole) { return whole ? whole_any : floats_any; }
 #endif
 
-void packed_linear(const Linear *l)
+void packed_linear_team(const Linear *l)
 {
-    if (l->rows < 1) return;
     Panel *panel = best(l->scale != NULL);
     int panels = (l->outputs + PANEL - 1) / PANEL;
     int64_t fitting = INPUT_BYTES / (l->inputs * (int64_t)sizeof(float)), least = 8 * ROWS_EVEN;
     int64_t together = fitting < least ? least : fitting / ROWS_EVEN * ROWS_EVEN;
-#pragma omp parallel num_threads(l->threads) if (l->threads > 1)
     for (int64_t first = 0; first < l->rows; first += together) {
         int64_t end = l->rows - first < together ? l->rows : first + together;
 #pragma omp for schedule(static) nowait
         for (int index = 0; index < panels; index++) panel(l, index, first, end);
     }
+}
+
+void packed_linear(const Linear *l)
+{
+#pragma omp parallel num_threads(l->threads) if (l->threads > 1)
+    packed_linear_team(l);
 }
 
 /* Writes `outputs` rows of weights [outputs, inputs], of `item` bytes each, which become the outputs from `first` on,

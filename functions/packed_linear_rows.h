@@ -3,8 +3,8 @@
 
 /* `rows` rows of results, PANEL columns: acc += x[r][i] * panel[i]. A weight has `item` bytes: 4 (float) or 1 (int8).
  * Meanwhile memory from `next` on is fetched, `pace` bytes for each input: it is read while the processor multiplies. */
-INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float *y, const float *scale, int columns,
-                       const char *next, int64_t pace, const int rows, const int item)
+INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float *y, const float *scale,
+                       const float *bias, int columns, const char *next, int64_t pace, const int rows, const int item)
 {
     Lanes acc[ROWS_MAX][2];
     /* The inputs of three rows are reached from one pointer: with a pointer for each row they do not fit into the
@@ -43,6 +43,10 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
             acc[r][0] *= *(const Lanes *)scale;
             acc[r][1] *= *(const Lanes *)(scale + LANES);
         }
+        if (bias) {
+            acc[r][0] += *(const Lanes *)bias;
+            acc[r][1] += *(const Lanes *)(bias + LANES);
+        }
         if (columns == PANEL) {
             *(Lanes *)to = acc[r][0];
             *(Lanes *)(to + LANES) = acc[r][1];
@@ -56,12 +60,13 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
 }
 
 #define CASE(n) \
-    case n: NAME(tile)(l, x, panel, y, scale, columns, next, pace, n < ROWS_MAX ? n : ROWS_MAX, item); break;
+    case n: NAME(tile)(l, x, panel, y, scale, bias, columns, next, pace, n < ROWS_MAX ? n : ROWS_MAX, item); break;
 
 INLINE void NAME(panel)(const Linear *l, int index, int64_t first, int64_t end, const int item)
 {
     const char *panel = (const char *)l->panels + (int64_t)index * l->inputs * PANEL * item;
     const float *scale = item == 1 ? l->scale + index * PANEL : NULL;
+    const float *bias = l->bias ? l->bias + index * PANEL : NULL;
     int columns = l->outputs - index * PANEL < PANEL ? l->outputs - index * PANEL : PANEL;
     /* the next panel, shared out to the blocks of rows; of the last one it is harmless to fetch what is not there */
     int64_t blocks = (end - first + ROWS_MAX - 1) / ROWS_MAX, share = (PANEL * item + blocks - 1) / blocks;

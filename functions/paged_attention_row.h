@@ -25,40 +25,40 @@ INLINE void NAME(add_rows)(float *out, const float *const *rows, const float *we
 }
 
 /* Query heads first .. first + count - 1, all of kv head `group`, of the token at `position` in row `row`. */
-INLINE void NAME(attend_sized)(const Pass *pass, const Block *b, int slice, int position, int row, int group,
+INLINE void NAME(attend_sized)(const Pass *pass, const Attention *a, int slice, int position, int row, int group,
                                int first, int count, const int key_size, const int value_size)
 {
     const int32_t *pages = pass->pages + pass->page_starts[slice];
     const int page = pass->page;
-    const int64_t key_row = (int64_t)b->kv_heads * key_size, value_row = (int64_t)b->kv_heads * value_size;
+    const int64_t key_row = (int64_t)a->kv_heads * key_size, value_row = (int64_t)a->kv_heads * value_size;
     float scores[HEADS_MAX][CHUNK], sums[HEADS_MAX], peaks[HEADS_MAX], acc[HEADS_MAX][SIZE_MAX_];
     const float *keys[CHUNK], *values[CHUNK];
-    int begin = b->window && position + 1 > b->window ? position + 1 - b->window : 0;
+    int begin = a->window && position + 1 > a->window ? position + 1 - a->window : 0;
 
     for (int h = 0; h < count; h++) {
         /* a sink is a score of its own, whose value is nothing */
-        peaks[h] = b->sinks ? b->sinks[first + h] : LOWEST;
-        sums[h] = b->sinks ? 1.0f : 0.0f;
+        peaks[h] = a->sinks ? a->sinks[first + h] : LOWEST;
+        sums[h] = a->sinks ? 1.0f : 0.0f;
         memset(acc[h], 0, value_size * sizeof(float));
     }
     for (int from = begin; from <= position; from += CHUNK) {
         int n = position + 1 - from < CHUNK ? position + 1 - from : CHUNK;
         for (int t = 0; t < n; t++) {
             int64_t at = (int64_t)pages[(from + t) / page] * page + (from + t) % page;
-            keys[t] = b->keys + at * key_row + group * key_size;
-            values[t] = b->values + at * value_row + group * value_size;
+            keys[t] = a->keys + at * key_row + group * key_size;
+            values[t] = a->values + at * value_row + group * value_size;
             for (int d = 0; d < key_size; d += LANES) __builtin_prefetch(keys[t] + d, 0, 2);
         }
         for (int h = 0; h < count; h++) {
-            const float *query = b->query + (first + h) * b->query_head + row * b->query_token;
+            const float *query = a->query + (first + h) * a->query_head + row * a->query_token;
             float *s = scores[h], peak = peaks[h], sum = 0.0f;
             for (int t = 0; t < n; t++) {
-                s[t] = NAME(dot)(query, keys[t], key_size) * b->scale;
+                s[t] = NAME(dot)(query, keys[t], key_size) * a->scale;
                 if (h == 0)
                     for (int d = 0; d < value_size; d += LANES) __builtin_prefetch(values[t] + d, 0, 2);
             }
-            if (b->softcap != 0.0f)
-                for (int t = 0; t < n; t++) s[t] = tanhf(s[t] / b->softcap) * b->softcap;
+            if (a->softcap != 0.0f)
+                for (int t = 0; t < n; t++) s[t] = tanhf(s[t] / a->softcap) * a->softcap;
             for (int t = 0; t < n; t++) peak = s[t] > peak ? s[t] : peak;
             for (int t = 0; t < n; t++) s[t] = expf(s[t] - peak);
             for (int t = 0; t < n; t++) sum += s[t];
@@ -73,19 +73,19 @@ INLINE void NAME(attend_sized)(const Pass *pass, const Block *b, int slice, int 
         }
     }
     for (int h = 0; h < count; h++) {
-        float *out = b->out + ((int64_t)row * b->heads + first + h) * value_size, part = 1.0f / sums[h];
+        float *out = a->out + row * a->out_token + (first + h) * value_size, part = 1.0f / sums[h];
         for (int d = 0; d < value_size; d++) out[d] = acc[h][d] * part;
     }
 }
 
 /* The usual sizes as constants, which is twice as fast. */
-static void NAME(attend)(const Pass *pass, const Block *b, int slice, int position, int row, int group,
-                                int first, int count)
+static void NAME(attend)(const Pass *pass, const Attention *a, int slice, int position, int row, int group, int first,
+                         int count)
 {
-    if (b->key_size == 64 && b->value_size == 64)
-        NAME(attend_sized)(pass, b, slice, position, row, group, first, count, 64, 64);
-    else if (b->key_size == 128 && b->value_size == 128)
-        NAME(attend_sized)(pass, b, slice, position, row, group, first, count, 128, 128);
+    if (a->key_size == 64 && a->value_size == 64)
+        NAME(attend_sized)(pass, a, slice, position, row, group, first, count, 64, 64);
+    else if (a->key_size == 128 && a->value_size == 128)
+        NAME(attend_sized)(pass, a, slice, position, row, group, first, count, 128, 128);
     else
-        NAME(attend_sized)(pass, b, slice, position, row, group, first, count, b->key_size, b->value_size);
+        NAME(attend_sized)(pass, a, slice, position, row, group, first, count, a->key_size, a->value_size);
 }

@@ -7,6 +7,7 @@ model's own cache class.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from functions import cache_layers, paged_attention
@@ -25,15 +27,18 @@ from functions.contract.handover import Piece
 from functions.contract.messages import Opening, Slice
 from functions.contract.sampling import SamplingParams
 from functions.contract.spans import BlockSpan
+from functions.fused_blocks import FusedBlocks, Unfusible, watched_blocks
 from functions.kernels import why_no_kernels
 from functions.kv_cache import KvPool, Sequence, pool_rows
 from functions.quantize import Quantization
 from functions.span_model import SpanModel, load_span
 from functions.weights import SAFETENSORS_DTYPES
 
-_PROBE = (3, 2)  # lengths of the two sequences that the self-check runs
+_PROBE = (3, 2)  # lengths of the two sequences that the self-check runs; each fits into a page
 _PACKED_ERROR = 1e-3  # by which packed linear layers may differ, of the norm of the result
 _PACKED_STEPS = 16  # the same in steps of the dtype, where these are larger
+
+_OPENING = Opening(SamplingParams(), 1)
 
 log = structlog.get_logger()
 
@@ -105,6 +110,8 @@ def load_runner(
         except Unpackable as error:
             log.info("linear_layers_by_torch", reason=str(error), model_type=checkpoint.config.get("model_type"))
             runner, packed = PackedRunner(load(PACKED)), False
+        if packed:
+            runner.fuse_blocks()
         _tell_slow(quantization, packed)
         return runner
     except Unpackable as error:
@@ -140,11 +147,29 @@ class PackedRunner:
         changes what the model computes or fails, in which case the model is of no more use."""
         if not self.model.pack_linears(self._linears):
             return False
-        _, result = self._self_check()
+        with watched_blocks(self.model.blocks) as self._seen:
+            _, result = self._self_check()
         error = max(_PACKED_ERROR, _PACKED_STEPS * torch.finfo(result.dtype).eps) * self._probe_result.norm()
         if not (result - self._probe_result).norm() <= error:  # nor if it is not a number
             raise Unpackable("packed linear layers compute something else")
         return True
+
+    def fuse_blocks(self) -> None:
+        """Has the blocks computed in one call of a kernel where they are what it computes, after `pack_linears`."""
+        blocks = self.model.blocks
+        try:
+            if self.model.dtype != torch.float32:
+                raise Unfusible("the kernel computes in float32")
+            fused = FusedBlocks(blocks, self._seen, self._probed.hows, self._probed.shapes)
+            self.model.set_blocks(nn.ModuleList([fused]))
+            with fused.compared():
+                self._probe(
+                    [Sequence(page, _OPENING, pages=array("i", [page])) for page in range(len(_PROBE))],
+                    KvPool(self._probed.shapes, len(_PROBE), self.model.dtype, self.model.device),
+                )
+        except Unfusible as error:
+            self.model.set_blocks(blocks)
+            log.info("blocks_by_modules", reason=str(error), model_type=self.model.config.model_type)
 
     def allocate(self, pages: int) -> None:
         self._pool = KvPool(self._probed.shapes, pages, self.model.dtype, self.model.device)
@@ -198,21 +223,24 @@ class PackedRunner:
 
     def _self_check(self) -> tuple[PackedPass, torch.Tensor]:
         """A pass over two short texts, and its result. Raises Unpackable."""
-        tokens, hidden = _probe_input(self.model, sum(_PROBE))
-        positions = torch.cat([torch.arange(length, device=self.model.device) for length in _PROBE])
-        rows = torch.tensor(np.cumsum(_PROBE) - 1, device=self.model.device)
         try:
-            with PackedPass([], _PROBE, None) as probed:
-                result = self.model.forward(tokens, hidden, positions, probed, rows)
+            probed, result = self._probe()
         except Exception as error:
             raise Unpackable(f"{type(error).__name__}: {error}") from error
-        if len(probed.windows) != len(self.model.span):
-            found, blocks = len(probed.windows), len(self.model.span)
+        if len(probed.hows) != len(self.model.span):
+            found, blocks = len(probed.hows), len(self.model.span)
             raise Unpackable(f"{found} of {blocks} blocks attend through Transformers' interface")
         if self.model.ends.last and result.shape != (len(_PROBE), self.model.vocab_size):
             raise Unpackable(f"logits of two sequences have shape {list(result.shape)}")
-        self._check_windows(probed.windows)
+        self._check_windows([how.window for how in probed.hows])
         return probed, result
+
+    def _probe(self, sequences: Items[Sequence] = (), pool: KvPool | None = None) -> tuple[PackedPass, torch.Tensor]:
+        tokens, hidden = _probe_input(self.model, sum(_PROBE))
+        positions = torch.cat([torch.arange(length, device=self.model.device) for length in _PROBE])
+        rows = torch.tensor(np.cumsum(_PROBE) - 1, device=self.model.device)
+        with PackedPass(sequences, _PROBE, pool) as probed:
+            return probed, self.model.forward(tokens, hidden, positions, probed, rows)
 
     def _check_windows(self, windows: list[int | None]) -> None:
         """A model may express a local attention by its masks alone, which packing ignores. Raises Unpackable."""
@@ -305,7 +333,7 @@ class SequentialRunner:
         """Runs a short sequence; returns the bytes of its cache per token. Raises CheckpointError where the model keeps
         its state in no cache that could be followed: its answers would be wrong."""
         length = 16
-        sequence = Sequence(1, Opening(SamplingParams(), 1))
+        sequence = Sequence(1, _OPENING)
         try:
             self.run([sequence], [Slice(1, 0, length)], *_probe_input(self.model, length))
         except Exception as error:

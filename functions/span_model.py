@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
@@ -93,13 +94,12 @@ class SpanModel:
         self.config: PreTrainedConfig = cut.model.config.get_text_config()
         self._model = cut.model
         self._base = cut.base
+        self.blocks = cut.blocks
         self._embedding_size = cut.embedding_size
         self._incoming: torch.Tensor | None = None
         self._outgoing: torch.Tensor | None = None
-        if not cut.ends.first:
-            cut.blocks[0].register_forward_pre_hook(self._put_in, with_kwargs=True)
-        if not cut.ends.last:
-            cut.blocks[-1].register_forward_hook(self._take_out)
+        self._hooks: list[RemovableHandle] = []
+        self._hook(cut.blocks)
 
     @property
     def hidden_size(self) -> int:
@@ -131,6 +131,13 @@ class SpanModel:
             if self.dtype == torch.float32:  # the kernel reads floats, whatever a norm is given
                 replace_norms(self._model)
         return True
+
+    def set_blocks(self, blocks: nn.ModuleList) -> None:
+        """Puts others in the place of the blocks."""
+        name = next(name for name, child in self._base.named_children() if child is self.blocks)
+        self.blocks = blocks
+        setattr(self._base, name, blocks)
+        self._hook(blocks)
 
     @property
     def weight_bytes(self) -> int:
@@ -192,6 +199,15 @@ class SpanModel:
             return output, self._outgoing[0]
         finally:
             self._incoming = self._outgoing = None
+
+    def _hook(self, blocks: nn.ModuleList) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if not self.ends.first:
+            self._hooks.append(blocks[0].register_forward_pre_hook(self._put_in, with_kwargs=True))
+        if not self.ends.last:
+            self._hooks.append(blocks[-1].register_forward_hook(self._take_out))
 
     def _put_in(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:

@@ -157,7 +157,7 @@ class Cache:
                 sliding_window=shape.window, softcap=shape.softcap, s_aux=self.sinks,
             )  # fmt: skip
         assert weights is None
-        assert cache.windows == [shape.window]
+        assert [how.window for how in cache.hows] == [shape.window]
         for piece, sequence in zip(slices, sequences, strict=True):
             sequence.position = piece.end
         return list(torch.split(out[0], lengths))
@@ -223,6 +223,23 @@ def test_sequences_of_very_different_lengths_decode_together(shape: Shape, way: 
     cache = Cache(shape, sinks)
     lengths = [0, 1, 7, 8, 9, 63, 127, 128, 129, 300, 40, 500]
     new = [1, 1, 1, 2, 1, 3, 1, 1, 4, 1, 5, 1]
+    sequences = [Rows.random(shape, past + n) for past, n in zip(lengths, new, strict=True)]
+    cut = [(i + 1, past, rows) for i, (past, rows) in enumerate(zip(lengths, sequences, strict=True))]
+    with computed_by(way):
+        cache.attend([(i, 0, rows.part(0, past)) for i, past, rows in cut if past])
+        out = cache.attend([(i, past, rows.part(past, len(rows))) for i, past, rows in cut])
+    for (_, past, rows), result in zip(cut, out, strict=True):
+        assert_close(result, reference(rows, shape, sinks, past))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
+def test_long_slices_of_different_lengths_are_attended_together(shape: Shape, way: str) -> None:
+    """Before and after the bounds of the kernel's tiles (32 tokens, 64 keys), at the start and further on."""
+    torch.manual_seed(4)
+    sinks = shape.some_sinks()
+    cache = Cache(shape, sinks)
+    lengths, new = [0, 0, 1, 63, 64, 150], [5, 65, 31, 32, 33, 70]
     sequences = [Rows.random(shape, past + n) for past, n in zip(lengths, new, strict=True)]
     cut = [(i + 1, past, rows) for i, (past, rows) in enumerate(zip(lengths, sequences, strict=True))]
     with computed_by(way):
@@ -347,6 +364,26 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_with_any_threads(shape
 
 
 @needs_kernel
+@pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
+def test_a_long_slice_too(shape: Shape) -> None:
+    torch.manual_seed(5)
+    sinks, past, new = shape.some_sinks(), 40, 45
+    rows = Rows.random(shape, past + new)
+    others = [Rows.random(shape, n) for n in (1, 33, 70)]
+
+    def result(count: int, before: Sequence[int], after: Sequence[int]) -> torch.Tensor:
+        cache = Cache(shape, sinks)
+        one, two = ([(i + 1, 0, others[i]) for i in some] for some in (before, after))
+        with threads(count):
+            cache.attend([(9, 0, rows.part(0, past))])
+            return cache.attend([*one, (9, past, rows.part(past, past + new)), *two])[len(before)]
+
+    alone = result(1, [], [])
+    for count, before, after in [(1, [0, 1], [2]), (2, [], []), (2, [2, 1], [0]), (5, [1], [0, 2])]:
+        assert torch.equal(result(count, before, after), alone)
+
+
+@needs_kernel
 def test_threads_and_numbers_stay_torchs_own() -> None:
     """One libgomp, the one that torch brings; and no flag of the processor that rounds tiny numbers to zero, which a
     library linked with -ffast-math would set for the whole process."""
@@ -459,6 +496,6 @@ def test_whole_texts_are_attended_without_a_pool() -> None:
     with PackedPass([], [len(text) for text in texts], None) as cache:
         key, value = cache.update(key, value, 0)
         out, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=3)
-    assert (cache.windows, cache.shapes) == ([3], [RowShape(2, 8, 5)])
+    assert ([how.window for how in cache.hows], cache.shapes) == ([3], [RowShape(2, 8, 5)])
     for text, result in zip(texts, torch.split(out[0], [1, 6, 20]), strict=True):
         assert_close(result, reference(text, shape, None))

@@ -231,7 +231,7 @@ def layer():
 
 model = nn.Sequential(*(layer() for _ in range(8)))
 before_bytes, seen, joined_bias = resident_bytes(), [], linears._joined_bias
-linears._joined_bias = lambda layers: (seen.append(resident_bytes()), joined_bias(layers))[1]
+linears._joined_bias = lambda *given: (seen.append(resident_bytes()), joined_bias(*given))[1]
 linears.pack(model, [[str(index)] for index in range(len(model))])
 print(len(seen), max(seen) - before_bytes, resident_bytes() - before_bytes, 1024 * 2048 * 4)
 """
@@ -305,7 +305,7 @@ def test_the_blocks_of_llama_have_four_products_each(llama: Checkpoint) -> None:
     model = load(llama).model
     layers = [module for module in model._model.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == 2 * 7 + 1
-    assert sorted(panels.outputs for panels in {layer._panels for layer in layers}) == sorted(
+    assert sorted(panels.outputs for panels in {layer.panels for layer in layers}) == sorted(
         [64, 32, 96, 32] * 2 + [64]
     )
 
