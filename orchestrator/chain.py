@@ -352,13 +352,17 @@ class Chain:
         try:
             self._sweep(lane)
             while lane.jobs:
-                if not self._send(lane):
+                sent = self._send(lane)
+                self._hand_out(lane)
+                if not sent:
                     await lane.news.wait()
                     lane.news.clear()
                 await self._take_in(lane)
                 self._sweep(lane)
+            self._hand_out(lane)
         except Exception as error:  # a mistake of ours must not leave anybody waiting
             log.exception("lane_failed", lane=lane.name)
+            self._hand_out(lane)
             _fail(lane.jobs.values(), _internal(error))
         self._lanes.remove(lane)  # not when cancelled: `close` looks after what is left
         self._active_s = _now_s()
@@ -406,26 +410,35 @@ class Chain:
         lane.news.set()
 
     async def _take_in(self, lane: Lane) -> None:
-        """Books and hands out what has come back. After a failure, once nothing is on its way: what follows from it."""
+        """Books what has come back. After a failure, once nothing is on its way: what follows from it."""
         while (tokens := lane.window.book()) is not None:
             lane.suspects = lane.suspects[1:]
             lane.progress_s = _now_s()
-            self._deliver(lane, tokens)
+            self._book(lane, tokens)
         failed = lane.window.clear()
         if failed:
+            self._hand_out(lane)
             for flight in failed:
                 if isinstance(flight.error, WrongPosition):
                     self._rewind(lane, flight.error)
             await self._recover(lane, failed[0])
 
-    def _deliver(self, lane: Lane, booked: list[tuple[lanes.Sequence, Token]]) -> None:
-        for sequence, token in booked:
+    def _book(self, lane: Lane, tokens: list[tuple[lanes.Sequence, Token]]) -> None:
+        for sequence, token in tokens:
             if not sequence.cancelled:
-                lane.jobs[sequence.id].out.put_nowait(token)
+                lane.booked.append((lane.jobs[sequence.id], token))
             if token.finish is not None:
                 sequence.cancelled = True  # swept before the next step
                 self._pace.ended(sequence.generated, sequence.request.max_tokens)
-        metrics.TOKENS.inc(len(booked))
+        metrics.TOKENS.inc(len(tokens))
+
+    @staticmethod
+    def _hand_out(lane: Lane) -> None:
+        """Gives booked tokens to whoever waits for them. The lane's next step, if there is one, has its turn before
+        all of them: what they do with their tokens takes as long as some hops, and need not hold it up."""
+        for job, token in lane.booked:
+            job.out.put_nowait(token)
+        lane.booked.clear()
 
     # -- when a step fails
 

@@ -52,6 +52,7 @@ class Lane:
     window: Window  # steps on their way
     news: asyncio.Event = field(default_factory=asyncio.Event)  # more may be sent, or has come back
     jobs: dict[int, Job] = field(default_factory=dict)  # by sequence, in the order in which they came
+    booked: list[tuple[Job, Token]] = field(default_factory=list)  # tokens that have yet to be handed out
     suspects: list[Job] = field(default_factory=list)  # one of them broke a step: they go on one at a time
     # what its sequences are opened with, and without which no replica hands them over
     key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
