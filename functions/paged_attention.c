@@ -17,14 +17,15 @@
 
 #define SHORT_MAX 4  /* slices of so few tokens are computed token by token */
 #define CHUNK 128    /* tokens whose scores are held at once, there */
-#define HEADS_MAX 16 /* query heads of a kv head that are computed at once; more go in several rounds */
+#define HEADS_MAX 16 /* query heads that are computed at once; more go in several rounds */
+#define AHEAD 8      /* tokens whose keys are fetched before their turn */
 #define SIZE_MAX_ 512 /* of a head; checked by the caller */
 #define LOWEST -1e30f /* below every score; no infinity, which -ffast-math does not know */
 #define TILE_KEYS (4 * LANES) /* tokens whose scores are held at once in a tile */
+#define TASKS_PER_THREAD 8 /* so that they end at about the same time */
 #define TILE_ROWS 96 /* of a tile, a row for each token and head */
 
-typedef void Attend(const Pass *pass, const Attention *a, int slice, int position, int row, int group, int first,
-                    int count);
+typedef void Attend(const Pass *pass, const Attention *a, int slice, int position, int row, int first, int count);
 /* Tokens first .. first + tokens - 1 of a slice, heads head .. head + heads - 1 of kv head `group`. */
 typedef void AttendTile(const Pass *pass, const Attention *a, int slice, int first, int tokens, int group, int head,
                         int heads);
@@ -98,31 +99,34 @@ static AttendTile *best_tile(void)
     return attend_tile_any;
 }
 
-/* All heads of one tile that share kv head `group`. */
-static void attend_group(Attend *attend, AttendTile *attend_tile, const Pass *pass, const Attention *a, int tile,
-                         int group)
+/* Heads first .. first + count - 1 of one tile, whole kv heads. */
+static void attend_heads(Attend *attend, AttendTile *attend_tile, const Pass *pass, const Attention *a, int tile,
+                         int first, int count)
 {
     const int shared = a->heads / a->kv_heads, slice = pass->tile_slices[tile], tokens = tile_tokens(pass, tile);
-    const int many = pass->lengths[slice] > SHORT_MAX, most = many ? TILE_ROWS / tokens : HEADS_MAX;
-    for (int h = 0; h < shared; h += most) {
-        int count = shared - h < most ? shared - h : most;
-        if (many) {
-            attend_tile(pass, a, slice, pass->tile_firsts[tile], tokens, group, group * shared + h, count);
-            continue;
-        }
+    if (pass->lengths[slice] <= SHORT_MAX) {
         for (int t = 0; t < tokens; t++)
-            attend(pass, a, slice, pass->starts[slice] + t, pass->rows[slice] + t, group, group * shared + h, count);
+            for (int h = 0; h < count; h += HEADS_MAX)
+                attend(pass, a, slice, pass->starts[slice] + t, pass->rows[slice] + t, first + h,
+                       count - h < HEADS_MAX ? count - h : HEADS_MAX);
+        return;
     }
+    const int most = TILE_ROWS / tokens;
+    for (int head = first; head < first + count; head += shared)
+        for (int h = 0; h < shared; h += most)
+            attend_tile(pass, a, slice, pass->tile_firsts[tile], tokens, head / shared, head + h,
+                        shared - h < most ? shared - h : most);
 }
 
 void paged_attention_team(const Pass *pass, const Attention *a)
 {
     Attend *attend = best_row();
     AttendTile *attend_tile = best_tile();
-    int tasks = pass->tiles * a->kv_heads;
+    /* a task has all heads where there are tasks enough without cutting them up, else those of a kv head */
+    const int parts = pass->tiles >= TASKS_PER_THREAD * pass->threads ? 1 : a->kv_heads, count = a->heads / parts;
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int task = 0; task < tasks; task++)
-        attend_group(attend, attend_tile, pass, a, task / a->kv_heads, task % a->kv_heads);
+    for (int task = 0; task < pass->tiles * parts; task++)
+        attend_heads(attend, attend_tile, pass, a, task / parts, task % parts * count, count);
 }
 
 void paged_attention(const Pass *pass, const Attention *a)

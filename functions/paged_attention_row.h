@@ -11,31 +11,38 @@ INLINE float NAME(dot)(const float *a, const float *b, const int n)
     return sum;
 }
 
-/* out += the sum of weights[i] * rows[i] over `count` rows of n floats */
-INLINE void NAME(add_rows)(float *out, const float *const *rows, const float *weights, const int count, const int n)
+/* out += the sum of weights[i] * rows[i] over `count` rows of n floats, which begin at `at` */
+INLINE void NAME(add_rows)(float *out, const float *const *rows, int at, const float *weights, const int count,
+                           const int n)
 {
     int d = 0;
     for (; d + LANES <= n; d += LANES) {
         Lanes sums = *(Lanes *)(out + d);
-        for (int i = 0; i < count; i++) sums += weights[i] * *(const Lanes *)(rows[i] + d);
+        for (int i = 0; i < count; i++) sums += weights[i] * *(const Lanes *)(rows[i] + at + d);
         *(Lanes *)(out + d) = sums;
     }
     for (; d < n; d++)
-        for (int i = 0; i < count; i++) out[d] += weights[i] * rows[i][d];
+        for (int i = 0; i < count; i++) out[d] += weights[i] * rows[i][at + d];
 }
 
-/* Query heads first .. first + count - 1, all of kv head `group`, of the token at `position` in row `row`. */
-INLINE void NAME(attend_sized)(const Pass *pass, const Attention *a, int slice, int position, int row, int group,
-                               int first, int count, const int key_size, const int value_size)
+/* Query heads first .. first + count - 1 of the token at `position` in row `row`. The heads of all their kv heads are
+ * computed side by side, so that memory is read from front to back. */
+INLINE void NAME(attend_sized)(const Pass *pass, const Attention *a, int slice, int position, int row, int first,
+                               int count, const int key_size, const int value_size)
 {
     const int32_t *pages = pass->pages + pass->page_starts[slice];
-    const int page = pass->page;
+    const int page = pass->page, shared = a->heads / a->kv_heads, group = first / shared;
+    const int groups = (first + count - 1) / shared + 1 - group; /* kv heads that take part */
     const int64_t key_row = (int64_t)a->kv_heads * key_size, value_row = (int64_t)a->kv_heads * value_size;
     float scores[HEADS_MAX][CHUNK], sums[HEADS_MAX], peaks[HEADS_MAX], acc[HEADS_MAX][SIZE_MAX_];
-    const float *keys[CHUNK], *values[CHUNK];
+    const float *keys[CHUNK + AHEAD], *values[CHUNK], *queries[HEADS_MAX];
+    int key_at[HEADS_MAX], value_at[HEADS_MAX]; /* of a head's kv head, in a token's row from `group` on */
     int begin = a->window && position + 1 > a->window ? position + 1 - a->window : 0;
 
     for (int h = 0; h < count; h++) {
+        queries[h] = a->query + (first + h) * a->query_head + row * a->query_token;
+        key_at[h] = ((first + h) / shared - group) * key_size;
+        value_at[h] = ((first + h) / shared - group) * value_size;
         /* a sink is a score of its own, whose value is nothing */
         peaks[h] = a->sinks ? a->sinks[first + h] : LOWEST;
         sums[h] = a->sinks ? 1.0f : 0.0f;
@@ -47,16 +54,16 @@ INLINE void NAME(attend_sized)(const Pass *pass, const Attention *a, int slice, 
             int64_t at = (int64_t)pages[(from + t) / page] * page + (from + t) % page;
             keys[t] = a->keys + at * key_row + group * key_size;
             values[t] = a->values + at * value_row + group * value_size;
-            for (int d = 0; d < key_size; d += LANES) __builtin_prefetch(keys[t] + d, 0, 2);
+        }
+        for (int t = n; t < n + AHEAD; t++) keys[t] = keys[n - 1];
+        for (int t = 0; t < n; t++) {
+            for (int d = 0; d < groups * key_size; d += LANES) __builtin_prefetch(keys[t + AHEAD] + d, 0, 2);
+            for (int d = 0; d < groups * value_size; d += LANES) __builtin_prefetch(values[t] + d, 0, 2);
+            for (int h = 0; h < count; h++)
+                scores[h][t] = NAME(dot)(queries[h], keys[t] + key_at[h], key_size) * a->scale;
         }
         for (int h = 0; h < count; h++) {
-            const float *query = a->query + (first + h) * a->query_head + row * a->query_token;
             float *s = scores[h], peak = peaks[h], sum = 0.0f;
-            for (int t = 0; t < n; t++) {
-                s[t] = NAME(dot)(query, keys[t], key_size) * a->scale;
-                if (h == 0)
-                    for (int d = 0; d < value_size; d += LANES) __builtin_prefetch(values[t] + d, 0, 2);
-            }
             if (a->softcap != 0.0f)
                 for (int t = 0; t < n; t++) s[t] = tanhf(s[t] / a->softcap) * a->softcap;
             for (int t = 0; t < n; t++) peak = s[t] > peak ? s[t] : peak;
@@ -67,10 +74,14 @@ INLINE void NAME(attend_sized)(const Pass *pass, const Attention *a, int slice, 
             if (from > begin)
                 for (int d = 0; d < value_size; d++) acc[h][d] *= shrink;
             peaks[h] = peak;
-            int t = 0;
-            for (; t + 8 <= n; t += 8) NAME(add_rows)(acc[h], values + t, s + t, 8, value_size);
-            for (; t < n; t++) NAME(add_rows)(acc[h], values + t, s + t, 1, value_size);
         }
+        int t = 0;
+        for (; t + 8 <= n; t += 8)
+            for (int h = 0; h < count; h++)
+                NAME(add_rows)(acc[h], values + t, value_at[h], scores[h] + t, 8, value_size);
+        for (; t < n; t++)
+            for (int h = 0; h < count; h++)
+                NAME(add_rows)(acc[h], values + t, value_at[h], scores[h] + t, 1, value_size);
     }
     for (int h = 0; h < count; h++) {
         float *out = a->out + row * a->out_token + (first + h) * value_size, part = 1.0f / sums[h];
@@ -79,13 +90,12 @@ INLINE void NAME(attend_sized)(const Pass *pass, const Attention *a, int slice, 
 }
 
 /* The usual sizes as constants, which is twice as fast. */
-static void NAME(attend)(const Pass *pass, const Attention *a, int slice, int position, int row, int group, int first,
-                         int count)
+static void NAME(attend)(const Pass *pass, const Attention *a, int slice, int position, int row, int first, int count)
 {
     if (a->key_size == 64 && a->value_size == 64)
-        NAME(attend_sized)(pass, a, slice, position, row, group, first, count, 64, 64);
+        NAME(attend_sized)(pass, a, slice, position, row, first, count, 64, 64);
     else if (a->key_size == 128 && a->value_size == 128)
-        NAME(attend_sized)(pass, a, slice, position, row, group, first, count, 128, 128);
+        NAME(attend_sized)(pass, a, slice, position, row, first, count, 128, 128);
     else
-        NAME(attend_sized)(pass, a, slice, position, row, group, first, count, a->key_size, a->value_size);
+        NAME(attend_sized)(pass, a, slice, position, row, first, count, a->key_size, a->value_size);
 }
