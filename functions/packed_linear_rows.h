@@ -43,10 +43,6 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
             acc[r][0] *= *(const Lanes *)scale;
             acc[r][1] *= *(const Lanes *)(scale + LANES);
         }
-        if (bias) {
-            acc[r][0] += *(const Lanes *)bias;
-            acc[r][1] += *(const Lanes *)(bias + LANES);
-        }
         if (columns == PANEL) {
             *(Lanes *)to = acc[r][0];
             *(Lanes *)(to + LANES) = acc[r][1];
@@ -55,6 +51,12 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
             *(Lanes *)last = acc[r][0];
             *(Lanes *)(last + LANES) = acc[r][1];
             memcpy(to, last, columns * sizeof(float));
+        }
+        if (bias) {
+            /* read again, so that it is an addition for any number of rows: one that is part of a multiplication, as the
+             * compiler might make it here and not there, is rounded differently */
+            __asm__("" : : : "memory");
+            for (int i = 0; i < columns; i++) to[i] += bias[i];
         }
     }
 }
