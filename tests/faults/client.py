@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,7 +62,8 @@ class Line:
 
 class Client:
     """`epoch` is the fleet's: an attempt may be repeated if it was lost with its orchestrator, and only then.
-    `on_tokens` is called for tokens as they arrive, of whatever attempt."""
+    `on_tokens` is called for tokens as they arrive, of whatever attempt. A stream of an epoch of `graceful_ends` must
+    not just break."""
 
     def __init__(
         self,
@@ -70,11 +71,13 @@ class Client:
         base_url: str,
         epoch: Callable[[], int],
         on_tokens: Callable[[int], None],
+        graceful_ends: Set[int] = frozenset(),
     ) -> None:
         self._session = session
         self._url = f"{base_url}/openai/v1/completions"
         self._epoch = epoch
         self._on_tokens = on_tokens
+        self._graceful_ends = graceful_ends
 
     async def run(self, body: dict[str, Any], key: str, expected: Expected | None, line: Line) -> Outcome:
         """Never raises for what the server does."""
@@ -105,8 +108,10 @@ class Client:
                 outcome.attempts -= 1  # it was not begun
                 await asyncio.sleep(0.1)
             except (Broken, aiohttp.ClientError, OSError) as error:
-                if not self._may_repeat(began):
-                    outcome.verdict, outcome.note = "lost", f"{type(error).__name__}: {error}"
+                unannounced = bool(line.seen) and began in self._graceful_ends
+                if unannounced or not self._may_repeat(began):
+                    note = ", where an error event was due, as the orchestrator was told to end" if unannounced else ""
+                    outcome.verdict, outcome.note = "lost", f"{type(error).__name__}: {error}{note}"
                     return
                 if isinstance(error, aiohttp.ClientConnectorError):
                     outcome.attempts -= 1  # there was nobody

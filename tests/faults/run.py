@@ -84,7 +84,7 @@ class Injector:
                 self._fleet.armed[fault.stage].arm(fault)
                 continue
             self._diary.tell(f"fault {fault}")
-            if fault.kind == "orchestrator":
+            if fault.kind in ("orchestrator", "terminate"):
                 self._restarts.put_nowait(fault)
             else:
                 self._disconnect(fault)
@@ -93,8 +93,8 @@ class Injector:
         """One after another."""
         while True:
             fault = await self._restarts.get()
-            await self._fleet.replace_orchestrator(fault.seconds)
-            self.done["orchestrator"] += 1
+            await self._fleet.replace_orchestrator(fault.seconds, gracefully=fault.kind == "terminate")
+            self.done[fault.kind] += 1
             self._restarts.task_done()
 
     async def settled(self) -> None:
@@ -141,7 +141,7 @@ async def disturbed_run(
         diary.tell("the disturbed run is over, everything is whole again")
         held = await residue.left_sequences(fleet, residue.EMPTY_S_MAX)
         after = await residue.usage(fleet)
-        complaints = residue.complaints(before, after, held, len(fleet.replicas))
+        complaints = fleet.complaints + residue.complaints(before, after, held, len(fleet.replicas))
         computed = [armed.computed_tokens - old for armed, old in zip(fleet.armed, computed, strict=True)]
     left = residue.children() - others
     if left:
@@ -193,7 +193,7 @@ async def _disturbed(
     progress: Progress,
     at_once: int,
 ) -> dict[int, Outcome]:
-    client = Client(session, fleet.base_url, lambda: fleet.epoch, injector.take_in)
+    client = Client(session, fleet.base_url, lambda: fleet.epoch, injector.take_in, fleet.graceful_ends)
     outcomes: dict[int, Outcome] = {}
     left = iter(runs)
 
