@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 
 from tests.faults import residue
-from tests.faults.client import Client, Expected, Line, Outcome
+from tests.faults.client import PATIENCE_S, Client, Expected, Line, Outcome
 from tests.faults.fleet import MODEL_NAME, Fleet, Setup
 from tests.faults.reference import greedy_answers
 from tests.faults.residue import Usage
@@ -117,6 +117,7 @@ async def disturbed_run(
     *,
     progress: Progress = lambda ended, tokens, faults: None,
     at_once: int = AT_ONCE,
+    patience_s: float = PATIENCE_S,
 ) -> Result:
     """Raises nothing for what is disturbed; RuntimeError if the fleet cannot be started or the undisturbed answers are
     not right."""
@@ -134,7 +135,8 @@ async def disturbed_run(
         diary.tell("the disturbed run begins")
         started_s = time.perf_counter()
         injector = Injector(fleet, faults, diary)
-        outcomes = await _disturbed(session, fleet, injector, expected, pool, runs, diary, progress, at_once)
+        client = Client(session, fleet.base_url, lambda: fleet.epoch, injector.take_in, fleet.graceful_ends, patience_s)
+        outcomes = await _disturbed(client, injector, expected, pool, runs, diary, progress, at_once)
         seconds = time.perf_counter() - started_s
         await injector.settled()
         await fleet.settled()
@@ -183,8 +185,7 @@ async def _undisturbed(
 
 
 async def _disturbed(
-    session: aiohttp.ClientSession,
-    fleet: Fleet,
+    client: Client,
     injector: Injector,
     expected: Sequence[Expected],
     pool: Sequence[Ask],
@@ -193,7 +194,6 @@ async def _disturbed(
     progress: Progress,
     at_once: int,
 ) -> dict[int, Outcome]:
-    client = Client(session, fleet.base_url, lambda: fleet.epoch, injector.take_in, fleet.graceful_ends)
     outcomes: dict[int, Outcome] = {}
     left = iter(runs)
 
