@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from knative.resources.field_errors import INT32_MAX, Problems, shown
+from knative.resources.field_errors import INT32_MAX, Problems
 from knative.resources.objects import Probe, ProbeKind
 from knative.resources.trees import Tree, child, children, text, texts, whole
 
@@ -100,9 +100,7 @@ def _built(
 def _http_path(action: Tree, path: str, problems: Problems) -> str:
     scheme = text(action, "scheme")
     if scheme == "HTTPS":
-        problems.cannot(
-            f"invalid value: {shown(scheme)}", f"{path}.scheme", details="on one machine probes are plain HTTP"
-        )
+        problems.cannot(f"invalid value: {scheme}", f"{path}.scheme", details="on one machine probes are plain HTTP")
     elif scheme not in ("", "HTTP"):
         problems.invalid(scheme, f"{path}.scheme", "HTTP or HTTPS")
     where = text(action, "path") or "/"
