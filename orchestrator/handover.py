@@ -78,7 +78,7 @@ class Handover:
         settings = self._pool.settings
         while lane.jobs and lane.moves.get(stage.index) is move:
             try:
-                info = await stage.wake(settings.wake_timeout_s)
+                info = await self._pool.ask_service(stage, settings.wake_timeout_s)
                 url = replica_url(info.replica)
                 if url != move.old and url not in self._pool.draining:
                     self._pool.learn(info)

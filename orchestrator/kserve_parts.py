@@ -20,7 +20,7 @@ _REASON_CHARACTERS_MAX = 200
 
 
 class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
-    """Ready when the stages are: for /v2/health/ready and gRPC ServerReady."""
+    """Ready when the stages are, for /v2/health/ready and gRPC ServerReady; and what KServe's lacks of the protocol."""
 
     def __init__(self, registry: ModelRepository, service: Service) -> None:
         super().__init__(model_registry=registry)
@@ -28,6 +28,10 @@ class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
 
     async def ready(self) -> bool:
         return self._service.generator.ready
+
+    async def model_metadata(self, model_name: str) -> dict[str, Any]:
+        """KServe's, which says nothing of versions and so shows them as null, where the protocol has a list."""
+        return {**await super().model_metadata(model_name), "versions": []}
 
     def decode(self, *arguments: Any, **named: Any) -> Any:
         """KServe's parsers trust that members are there, of their types, and that binary data are as long as they say.

@@ -156,7 +156,7 @@ class StagePool:
 
     async def _refresh(self, stage: StageClient) -> None:
         try:
-            info = await self._ask_service(stage, self.settings.wake_timeout_s)
+            info = await self.ask_service(stage, self.settings.wake_timeout_s)
             infos = [info if old.stage == info.stage else old for old in self.infos]
             _check_chain(infos)
             self.infos = tuple(infos)
@@ -168,7 +168,7 @@ class StagePool:
         finally:
             self._wakes.pop(stage.index, None)
 
-    async def _ask_service(self, stage: StageClient, timeout_s: float) -> StageInfo:
+    async def ask_service(self, stage: StageClient, timeout_s: float) -> StageInfo:
         """The answer to a wake. The service may hold it until there is a replica, or hand it to one that hangs, so it
         is asked again, with more and more patience."""
         patience_s = _WAKE_PATIENCE_S
@@ -201,7 +201,7 @@ class StagePool:
         while True:
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
-                return await self._ask_service(stage, max(left_s, 0.1))
+                return await self.ask_service(stage, max(left_s, 0.1))
             except (StageUnreachable, StageError) as error:
                 if isinstance(error, StageError) and not error.retriable:
                     raise GenerationError(f"stage {stage.index}: {error}", status=503, code=error.code) from None

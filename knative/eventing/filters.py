@@ -2,7 +2,8 @@
 
 `filters`, if there are any, are used in place of `filter`. Stricter than Knative, which takes some wrong filters and
 then skips them or fails on each event: an entry without a dialect, an empty value, CESQL with an unknown function.
-CESQL that fails or gives no boolean does not pass (there, a result that is no boolean ends the filter process).
+CESQL that fails or gives no boolean does not pass (there, a result that is no boolean ends the filter process). How
+many filters a Trigger may have is bounded, since each event has to wait for all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Predicate = Callable[[CloudEvent], bool]
 
 DIALECTS = ("exact", "prefix", "suffix", "all", "any", "not", "cesql")
 NESTING_MAX = 32
+ENTRIES_MAX = 1000  # of one Trigger, those inside others too
+CESQL_CHARACTERS_MAX = 65_536  # of all expressions of one Trigger
 _NAME = re.compile(r"[a-z][a-z0-9]*")
 _NAME_RULE = "Attribute name must start with a letter and can only contain lowercase alphanumeric"
 
@@ -51,6 +54,8 @@ def read_filter(trigger_spec: Mapping[str, object], problems: Problems, path: st
     entries = trigger_spec.get("filters")
     if entries is None or entries == []:
         return Filter(by_attributes)
+    if not _within_bounds(entries, problems, f"{path}.filters"):
+        return Filter(_never)
     predicates = _read_list(entries, problems, f"{path}.filters", 1)
     return Filter(_all(predicates))
 
@@ -75,6 +80,33 @@ def _read_attributes(tree: object, problems: Problems, path: str) -> Predicate |
         return True
 
     return passes if wanted else None
+
+
+def _within_bounds(entries: object, problems: Problems, path: str) -> bool:
+    """Whether there are few enough filters to read them all; complains if not."""
+    count = characters = 0
+    left: list[tuple[object, int]] = [(entries, 1)]
+    while left:
+        members, nesting = left.pop()
+        if not isinstance(members, list) or nesting > NESTING_MAX:
+            continue
+        count += len(members)
+        if count > ENTRIES_MAX:
+            problems.add(f"more than {ENTRIES_MAX} filters; use several Triggers", path)
+            return False
+        for entry in members:
+            if isinstance(entry, Mapping):
+                left += [(entry.get("all"), nesting + 1), (entry.get("any"), nesting + 1)]
+                left.append(([entry["not"]] if "not" in entry else None, nesting + 1))
+                characters += len(str(entry.get("cesql", "")))
+    if characters > CESQL_CHARACTERS_MAX:
+        problems.add(
+            f"the CESQL expressions have {characters} characters together, at most {CESQL_CHARACTERS_MAX} are taken; "
+            "use several Triggers",
+            path,
+        )
+        return False
+    return True
 
 
 def _read_list(entries: object, problems: Problems, path: str, nesting: int) -> list[Predicate]:

@@ -28,7 +28,7 @@ class Limits:
     """What one request may hold. Knative itself has no limit but Go's for headers (1 MiB)."""
 
     body_bytes: int = 32 << 20
-    headers_bytes: int = 1 << 20  # of binary mode, names included
+    headers_bytes: int = 1 << 20  # of all attributes, names included: any event may leave in binary mode, as headers
     batch_events: int = 1000
 
 
@@ -56,9 +56,9 @@ def parse(headers: Mapping[str, str], body: bytes, limits: Limits = Limits()) ->
     if charset(content_type) not in ("", "utf-8", "utf8", "us-ascii"):
         raise InvalidEvent(f"the content type says charset {charset(content_type)}; JSON events are UTF-8")
     if media_type == STRUCTURED:
-        return [CloudEvent.from_json(body)]
+        return [_bounded(CloudEvent.from_json(body), limits)]
     if media_type == BATCHED:
-        return CloudEvent.from_json_batch(body, events_max=limits.batch_events)
+        return [_bounded(event, limits) for event in CloudEvent.from_json_batch(body, events_max=limits.batch_events)]
     raise InvalidEvent(f"the event format {media_type} is not known; use {STRUCTURED}, {BATCHED} or binary mode")
 
 
@@ -93,6 +93,12 @@ def decode_header(value: str) -> str:
         return value
     raw = re.sub(rb"%([0-9A-Fa-f]{2})", lambda match: bytes.fromhex(match[1].decode()), value.encode())
     return raw.decode()
+
+
+def _bounded(event: CloudEvent, limits: Limits) -> CloudEvent:
+    if sum(len(name) + len(text) for name, text in event.attributes.items()) > limits.headers_bytes:
+        raise EventTooLarge(f"the attributes take more than {limits.headers_bytes} bytes; long things belong in data")
+    return event
 
 
 def _from_binary(headers: Mapping[str, str], body: bytes, content_type: str, limits: Limits) -> CloudEvent:

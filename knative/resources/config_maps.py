@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from knative.errors import ValidationError
-from knative.resources.field_errors import INT32_MAX
+from knative.resources.field_errors import INT32_MAX, shown
 from knative.resources.quantities import parse_quantity
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
@@ -121,7 +121,7 @@ class _Reader:
         if text is None:
             return default
         if not _WHOLE.fullmatch(text):
-            self.problems.append(f"invalid value: {text}: {key}\nexpected a whole number")
+            self.problems.append(f"invalid value: {shown(text)}: {key}\nexpected a whole number")
             return default
         return int(text)
 
@@ -136,7 +136,9 @@ class _Reader:
     def template(self, key: str, default: str) -> str:
         text = self._data.get(key, default)
         if "{{" in _TEMPLATE_FIELD.sub("", text):
-            self.problems.append(f"invalid value: {text}: {key}\nonly {{{{.Name}}}} and {{{{.Namespace}}}} are known")
+            self.problems.append(
+                f"invalid value: {shown(text)}: {key}\nonly {{{{.Name}}}} and {{{{.Namespace}}}} are known"
+            )
             return default
         return text
 
@@ -151,7 +153,7 @@ class _Reader:
             try:
                 parse_quantity(text)
             except ValueError as error:
-                self.problems.append(f"invalid value: {text}: {key}\n{error}")
+                self.problems.append(f"invalid value: {shown(text)}: {key}\n{error}")
             else:
                 found[name] = text
         return found

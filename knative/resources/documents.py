@@ -18,7 +18,7 @@ from knative.errors import ValidationError
 from knative.resources import schema
 from knative.resources.config_maps import DEFAULTS_KEYS, FEATURES_KEYS, DefaultsConfig, FeaturesConfig
 from knative.resources.eventing import EVENTING_API_VERSION, FLOWS_API_VERSION, read_broker, read_sequence, read_trigger
-from knative.resources.field_errors import FieldError, Problems
+from knative.resources.field_errors import FieldError, Problems, shown
 from knative.resources.identity import check_identity
 from knative.resources.inference_service import INFERENCE_API_VERSION, read_inference_service
 from knative.resources.kinds import reason_to_skip, unknown_kind
@@ -255,7 +255,7 @@ class Parser:
             self._problem(document, FieldError("missing field(s)", tuple(missing)))
         wrong = [name for name, value in names.items() if name not in missing and not isinstance(value, str)]
         for name in wrong:
-            self._problem(document, FieldError(f"invalid value: {names[name]}", (name,), "expected text"))
+            self._problem(document, FieldError(f"invalid value: {shown(names[name])}", (name,), "expected text"))
         return None if missing or wrong else (document, str(names["apiVersion"]), str(names["kind"]))
 
     def _service(self, document: Document) -> None:

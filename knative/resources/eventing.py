@@ -15,7 +15,7 @@ from knative.eventing.delivery import DeliverySpec, read_delivery
 from knative.eventing.destination import Destination, read_destination
 from knative.eventing.filters import read_filter
 from knative.resources import schema
-from knative.resources.field_errors import Problems
+from knative.resources.field_errors import Problems, shown
 from knative.resources.identity import check_identity
 from knative.resources.objects import Broker, Sequence, Step, Trigger
 from knative.resources.service import follows
@@ -178,7 +178,7 @@ def _max_in_flight(annotations: Mapping[str, str], problems: Problems) -> int:
     if value.isascii() and value.isdigit() and 1 <= int(value[:9]) <= _IN_FLIGHT_MAX:
         return int(value)
     path, rule = f"metadata.annotations.{MAX_IN_FLIGHT}", f"expected a whole number from 1 to {_IN_FLIGHT_MAX}"
-    problems.cannot(f"invalid value: {value}", path, details=rule)
+    problems.cannot(f"invalid value: {shown(value)}", path, details=rule)
     return 1
 
 

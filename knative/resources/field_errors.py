@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 INT32_MAX = 2**31 - 1
+ERRORS_MAX = 1000  # of one object; a manifest of megabytes can have a complaint for every few bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +33,23 @@ class FieldError:
 
 @dataclass(slots=True)
 class Problems:
-    """Collects every complaint about one object, and what of it has no effect on one machine."""
+    """Collects complaints about one object, ERRORS_MAX at the most, and what of it has no effect on one machine."""
 
     errors: list[FieldError] = field(default_factory=list)
     warnings: list[FieldError] = field(default_factory=list)
 
     def add(self, message: str, *paths: str, details: str = "") -> None:
-        self.errors.append(FieldError(message, paths, details))
+        self._take(FieldError(message, paths, details))
 
     def cannot(self, message: str, *paths: str, details: str = "") -> None:
         """A complaint that a cluster would not make."""
-        self.errors.append(FieldError(message, paths, details, local=True))
+        self._take(FieldError(message, paths, details, local=True))
 
     def warn(self, message: str, path: str) -> None:
         self.warnings.append(FieldError(message, (path,)))
 
     def unknown(self, path: str, details: str = "") -> None:
-        self.errors.append(FieldError(f'unknown field "{path}"', (), details, at=path))
+        self._take(FieldError(f'unknown field "{path}"', (), details, at=path))
 
     def missing(self, *paths: str) -> None:
         self.add("missing field(s)", *paths)
@@ -75,6 +76,10 @@ class Problems:
             parse(value)
         except ValueError as error:
             self.invalid(value, path, str(error))
+
+    def _take(self, error: FieldError) -> None:
+        if len(self.errors) < ERRORS_MAX:
+            self.errors.append(error)
 
 
 def shown(value: object) -> str:

@@ -40,6 +40,7 @@ _RESULTS_FOLDER = "/var/lib/stagecraft"
 _FETCH_BYTES_PER_S = 50_000_000  # of weights over a network, to be on the safe side
 _SIGNING_FOLDER, _API_KEYS_FOLDER = "/etc/stagecraft/signing", "/etc/stagecraft/api-keys"
 _KEYS = "keys"  # of the Secrets, and the name of the file
+_TELLING_S = 1  # that an error may take to its client
 _DEADLINE_S = 600  # Knative's own, and the orchestrator's; an image of several GB is pulled in that time
 
 
@@ -202,6 +203,8 @@ def orchestrator_environment(what: Deployment, deadline_s: int) -> dict[str, str
         "ORCHESTRATOR_MODEL_NAME": what.plan.name,
         "ORCHESTRATOR_STAGE_URLS": ",".join(urls),
         "ORCHESTRATOR_PLAN": what.plan.digest,
+        # before Knative cuts the connection, so that the client is told why, and no stage works on for nobody
+        "ORCHESTRATOR_REQUEST_TIMEOUT_S": str(max(1, what.timeout_s - _TELLING_S)),
         **{one.variable: one.file for one in _orchestrator_secrets(what)},
         **more,
     }

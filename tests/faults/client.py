@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import aiohttp
 
 Verdict = Literal["right", "wrong", "duplicated", "lost", "hung"]
 _STARTING = ("not_ready", "model_not_ready", "shutting_down")  # codes of errors
-PATIENCE_S = 180.0  # without a whole answer for so long it counts as hung
+PATIENCE_S = 180.0  # without a token of a stream, or a whole answer, for so long it counts as hung
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,19 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Line:
-    """How a client's generation goes on: `seen` are the tokens of the attempt that runs. `leave` is set to have the
-    client go."""
+    """How a client's generation goes on: `seen` are the tokens of the attempt that runs, `reached` is how many any
+    attempt has had. `leave` is set to have the client go."""
 
     seen: list[int] = field(default_factory=list)
+    reached: int = 0
     leave: asyncio.Event = field(default_factory=asyncio.Event)
+    patience: asyncio.Timeout | None = None
 
 
 class Client:
     """`epoch` is the fleet's: an attempt may be repeated if it was lost with its orchestrator, and only then.
-    `on_tokens` is called for tokens as they arrive, of whatever attempt."""
+    `on_tokens` is called for tokens as they arrive, but not for those that an attempt before has had. A stream of an
+    epoch of `graceful_ends` must not just break."""
 
     def __init__(
         self,
@@ -70,20 +73,25 @@ class Client:
         base_url: str,
         epoch: Callable[[], int],
         on_tokens: Callable[[int], None],
+        graceful_ends: Set[int] = frozenset(),
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._session = session
         self._url = f"{base_url}/openai/v1/completions"
         self._epoch = epoch
         self._on_tokens = on_tokens
+        self._graceful_ends = graceful_ends
+        self._patience_s = patience_s
 
     async def run(self, body: dict[str, Any], key: str, expected: Expected | None, line: Line) -> Outcome:
         """Never raises for what the server does."""
         outcome = Outcome("lost", 0)
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self._patience_s) as line.patience:
                 await self._attempts(body, key, expected, line, outcome)
         except TimeoutError:
-            outcome.verdict, outcome.note = "hung", f"after {len(line.seen)} tokens of attempt {outcome.attempts}"
+            note = f"nothing for {self._patience_s:g} s after {len(line.seen)} tokens of attempt {outcome.attempts}"
+            outcome.verdict, outcome.note = "hung", note
         return outcome
 
     async def _attempts(
@@ -93,6 +101,7 @@ class Client:
             began = self._epoch()
             outcome.attempts += 1
             line.seen.clear()
+            self._heard(line)
             try:
                 await self._attempt(body, key, expected, line, outcome)
                 return
@@ -105,8 +114,10 @@ class Client:
                 outcome.attempts -= 1  # it was not begun
                 await asyncio.sleep(0.1)
             except (Broken, aiohttp.ClientError, OSError) as error:
-                if not self._may_repeat(began):
-                    outcome.verdict, outcome.note = "lost", f"{type(error).__name__}: {error}"
+                unannounced = bool(line.seen) and began in self._graceful_ends
+                if unannounced or not self._may_repeat(began):
+                    note = ", where an error event was due, as the orchestrator was told to end" if unannounced else ""
+                    outcome.verdict, outcome.note = "lost", f"{type(error).__name__}: {error}{note}"
                     return
                 if isinstance(error, aiohttp.ClientConnectorError):
                     outcome.attempts -= 1  # there was nobody
@@ -140,7 +151,7 @@ class Client:
                 raise Refused(reply.status, text)
             choice = json.loads(text)["choices"][0]
             line.seen.extend(choice["token_ids"])
-            self._on_tokens(len(line.seen))
+            self._heard(line)
             _judge(outcome, line.seen, choice["text"], expected)
 
     async def _streamed(
@@ -164,7 +175,7 @@ class Client:
                 text += choice["text"]
                 finish = choice["finish_reason"] or finish
                 line.seen.extend(choice["token_ids"])
-                self._on_tokens(len(choice["token_ids"]))
+                self._heard(line)
                 if expected is not None and line.seen != list(expected.tokens[: len(line.seen)]):
                     _judge(outcome, line.seen, text, expected)
                     return
@@ -173,6 +184,14 @@ class Client:
         if finish is None:
             raise Broken("the stream ended without a finish reason")
         _judge(outcome, line.seen, text, expected)
+
+    def _heard(self, line: Line) -> None:
+        """Something has come, or an attempt begins: patience starts anew."""
+        assert line.patience is not None
+        line.patience.reschedule(asyncio.get_running_loop().time() + self._patience_s)
+        if len(line.seen) > line.reached:
+            self._on_tokens(len(line.seen) - line.reached)
+            line.reached = len(line.seen)
 
     def _post(self, body: dict[str, Any], key: str) -> Any:
         return self._session.post(self._url, json=body, headers={"Idempotency-Key": key})

@@ -32,6 +32,7 @@ _PROBE_EVERY_S = 0.25
 _QUIET_S = 0.5  # without an event for so long, a replica that drains may end
 _DRAIN_S_MAX = 15.0
 _END_S_MAX = 10.0
+_ORCHESTRATOR_END_S_MAX = 60.0  # much more than its grace, on a machine that is busy
 _READY = Message(b"GET /readyz HTTP/1.1\r\nhost: replica\r\n\r\n", b"")
 
 
@@ -78,6 +79,8 @@ class Fleet:
         self.replicas: list[Replica] = []
         self.orchestrator: Process | None = None
         self.epoch = 0  # of the orchestrator: even while one serves, odd while there is none
+        self.graceful_ends: set[int] = set()  # epochs whose orchestrator was told to end, and not killed
+        self.complaints: list[str] = []  # of orchestrators that did not end as they should
         self._tell = tell
         self._ports = Ports()
         self._agents = Agents(setup.folder / "agents")
@@ -262,13 +265,24 @@ class Fleet:
                     raise RuntimeError(f"the orchestrator ended with {process.ended.result()}; see {log}")
                 await asyncio.sleep(0.02)
 
-    async def replace_orchestrator(self, wait_s: float) -> None:
-        """SIGKILL, and another at the same address some time later."""
+    async def replace_orchestrator(self, wait_s: float, *, gracefully: bool = False) -> None:
+        """SIGKILL, or SIGTERM and as long as it takes; and another at the same address some time later."""
         assert self.orchestrator is not None
+        if gracefully:
+            self.graceful_ends.add(self.epoch)
         self.epoch += 1
-        self.orchestrator.send(signal.SIGKILL)
-        await self.orchestrator.ended
-        self._tell("killed the orchestrator")
+        self.orchestrator.send(signal.SIGTERM if gracefully else signal.SIGKILL)
+        try:
+            async with asyncio.timeout(_ORCHESTRATOR_END_S_MAX):
+                code = await asyncio.shield(self.orchestrator.ended)
+        except TimeoutError:
+            self.complaints.append(f"the orchestrator ran on for {_ORCHESTRATOR_END_S_MAX:g} s after SIGTERM")
+            self.orchestrator.send(signal.SIGKILL)
+            code = await self.orchestrator.ended
+        else:
+            if gracefully and code != 0:
+                self.complaints.append(f"the orchestrator ended with {code} after SIGTERM, expected 0")
+        self._tell(f"{'told the orchestrator to end' if gracefully else 'killed the orchestrator'}: {code}")
         await asyncio.sleep(wait_s)
         await self.start_orchestrator()
         self.epoch += 1

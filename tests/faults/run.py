@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 
 from tests.faults import residue
-from tests.faults.client import Client, Expected, Line, Outcome
+from tests.faults.client import PATIENCE_S, Client, Expected, Line, Outcome
 from tests.faults.fleet import MODEL_NAME, Fleet, Setup
 from tests.faults.reference import greedy_answers
 from tests.faults.residue import Usage
@@ -84,7 +84,7 @@ class Injector:
                 self._fleet.armed[fault.stage].arm(fault)
                 continue
             self._diary.tell(f"fault {fault}")
-            if fault.kind == "orchestrator":
+            if fault.kind in ("orchestrator", "terminate"):
                 self._restarts.put_nowait(fault)
             else:
                 self._disconnect(fault)
@@ -93,8 +93,8 @@ class Injector:
         """One after another."""
         while True:
             fault = await self._restarts.get()
-            await self._fleet.replace_orchestrator(fault.seconds)
-            self.done["orchestrator"] += 1
+            await self._fleet.replace_orchestrator(fault.seconds, gracefully=fault.kind == "terminate")
+            self.done[fault.kind] += 1
             self._restarts.task_done()
 
     async def settled(self) -> None:
@@ -117,6 +117,7 @@ async def disturbed_run(
     *,
     progress: Progress = lambda ended, tokens, faults: None,
     at_once: int = AT_ONCE,
+    patience_s: float = PATIENCE_S,
 ) -> Result:
     """Raises nothing for what is disturbed; RuntimeError if the fleet cannot be started or the undisturbed answers are
     not right."""
@@ -134,14 +135,15 @@ async def disturbed_run(
         diary.tell("the disturbed run begins")
         started_s = time.perf_counter()
         injector = Injector(fleet, faults, diary)
-        outcomes = await _disturbed(session, fleet, injector, expected, pool, runs, diary, progress, at_once)
+        client = Client(session, fleet.base_url, lambda: fleet.epoch, injector.take_in, fleet.graceful_ends, patience_s)
+        outcomes = await _disturbed(client, injector, expected, pool, runs, diary, progress, at_once)
         seconds = time.perf_counter() - started_s
         await injector.settled()
         await fleet.settled()
         diary.tell("the disturbed run is over, everything is whole again")
         held = await residue.left_sequences(fleet, residue.EMPTY_S_MAX)
         after = await residue.usage(fleet)
-        complaints = residue.complaints(before, after, held, len(fleet.replicas))
+        complaints = fleet.complaints + residue.complaints(before, after, held, len(fleet.replicas))
         computed = [armed.computed_tokens - old for armed, old in zip(fleet.armed, computed, strict=True)]
     left = residue.children() - others
     if left:
@@ -183,8 +185,7 @@ async def _undisturbed(
 
 
 async def _disturbed(
-    session: aiohttp.ClientSession,
-    fleet: Fleet,
+    client: Client,
     injector: Injector,
     expected: Sequence[Expected],
     pool: Sequence[Ask],
@@ -193,7 +194,6 @@ async def _disturbed(
     progress: Progress,
     at_once: int,
 ) -> dict[int, Outcome]:
-    client = Client(session, fleet.base_url, lambda: fleet.epoch, injector.take_in)
     outcomes: dict[int, Outcome] = {}
     left = iter(runs)
 

@@ -27,6 +27,7 @@ Kind = Literal[
     "reorder",  # a request is held back until a later one has passed
     "disconnect",  # a client goes in the middle of its answer
     "orchestrator",  # SIGKILL of the orchestrator, and a new one
+    "terminate",  # SIGTERM of the orchestrator, which ends as it likes, and a new one
 ]
 Point = Literal["before", "during", "after"]
 Part = Literal["request head", "request body", "reply head", "reply body"]
@@ -34,7 +35,7 @@ Part = Literal["request head", "request body", "reply head", "reply body"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 POINTS: tuple[Point, ...] = get_args(Point)
 PARTS: tuple[Part, ...] = get_args(Part)
-ELSEWHERE = frozenset({"disconnect", "orchestrator"})  # all others are done to a stage
+ELSEWHERE = frozenset({"disconnect", "orchestrator", "terminate"})  # all others are done to a stage
 
 _SECONDS_MAX: Mapping[Kind, float] = {
     "kill": 1.0,  # until the new process is started
@@ -45,6 +46,7 @@ _SECONDS_MAX: Mapping[Kind, float] = {
     "duplicate": 1.0,  # until the second one arrives
     "reorder": 0.5,  # at the most
     "orchestrator": 0.3,
+    "terminate": 0.3,
 }
 _TOGETHER = 0.2  # of all faults come at the same moment as the one before
 

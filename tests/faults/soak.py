@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tests.faults import report, ways, workload
 from tests.faults.checkpoint import VOCABULARY, write_checkpoint
+from tests.faults.client import PATIENCE_S
 from tests.faults.run import AT_ONCE, Result, disturbed_run
 from tests.faults.schedule import KINDS, Kind, planned
 
@@ -37,6 +38,9 @@ def main(
     kinds: Annotated[str, typer.Option(help="Only these kinds of faults, by comma.", show_default="all")] = "",
     at_once: Annotated[int, typer.Option(min=1, help="Clients at the same time.")] = AT_ONCE,
     times: Annotated[float, typer.Option(min=0.01, help="Faults last so many times as long.")] = 1.0,
+    patience_s: Annotated[
+        float, typer.Option("--patience", min=1, help="Seconds without a token, or a whole answer, that are a hang.")
+    ] = PATIENCE_S,
     keep: Annotated[Path | None, typer.Option(help="Folder for the logs of all processes and the diary.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only the JSON line, no table.")] = False,
 ) -> None:
@@ -64,11 +68,13 @@ def main(
         for index, count in enumerate(counts):
             part, per_kind = _share(generations, index, len(counts)), _share(faults, index, len(counts))
             again = f"--seed {seed} --generations {part} --faults {per_kind} --stages {count} --at-once {at_once}"
-            again += f" --times {times:g}" + (f" --kinds {kinds}" if kinds else "")
+            again += f" --times {times:g} --patience {patience_s:g}" + (f" --kinds {kinds}" if kinds else "")
             print(f'{count} stages; again with: make soak SOAK="{again}"', file=sys.stderr)
             each = dict.fromkeys(chosen, per_kind)
             try:
-                result = _run(seed, part, each, count, at_once, times, model, logs / f"{count}-stages", progress)
+                result = _run(
+                    seed, part, each, count, at_once, times, patience_s, model, logs / f"{count}-stages", progress
+                )
             except (RuntimeError, TimeoutError) as error:
                 print(f"error: {error or type(error).__name__}; logs of the processes: --keep FOLDER", file=sys.stderr)
                 raise typer.Exit(1) from None
@@ -89,6 +95,7 @@ def _run(
     stages: int,
     at_once: int,
     times: float,
+    patience_s: float,
     model: Path,
     logs: Path,
     progress: Progress,
@@ -105,7 +112,7 @@ def _run(
         progress.update(bar, completed=ended, faults=injected)
 
     setup = ways.setup(model, logs, stages)
-    return asyncio.run(disturbed_run(setup, pool, runs, faults, progress=show, at_once=at_once))
+    return asyncio.run(disturbed_run(setup, pool, runs, faults, progress=show, at_once=at_once, patience_s=patience_s))
 
 
 def _share(total: int, index: int, parts: int) -> int:

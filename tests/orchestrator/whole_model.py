@@ -90,7 +90,8 @@ class WholeModel:
             chosen = int(logits.argmax())
         else:
             draw = torch.Generator().manual_seed(params.seed + len(ids))
-            chosen = int(torch.multinomial(torch.softmax(logits / params.temperature, -1), 1, generator=draw))
+            weights = torch.softmax(logits / max(params.temperature, 1e-5), -1)
+            chosen = int(torch.multinomial(weights, 1, generator=draw))
         if params.logprobs is None:
             return Token(chosen)
         values, tokens = logprobs.topk(params.logprobs)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from tests.tools.bad_door import BadDoor
 from tools import fuzz
-from tools.fuzzing.campaign import Tally, Task, run
+from tools.fuzzing.campaign import Tally, Task, input_of, run
 from tools.fuzzing.catalogue import open_door
 from tools.fuzzing.door import Violation, judged
+from tools.fuzzing.mutations import INPUT_BYTES_MAX, dumped, hostile
 
 BAD_DOOR = f"{Path(__file__).with_name('bad_door.py')}:open_bad"
 
@@ -53,6 +56,18 @@ def test_a_kept_input_is_given_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     kept.write_bytes(b'{"prompt": "a"}')
     assert fuzz.main(["--replay", str(kept)]) == 0
     assert "accepted" in capsys.readouterr().out
+
+
+class LongDoor(BadDoor):
+    def make(self, random: Random) -> bytes:
+        return b"a" * random.choice((10, INPUT_BYTES_MAX + 1))
+
+
+def test_no_input_is_longer_than_what_is_kept_of_it() -> None:
+    inputs = [input_of(LongDoor(), "long", 1, index) for index in range(20)]
+    assert {len(data) for data in inputs} == {10}
+    large = {"name": "a" * (INPUT_BYTES_MAX // 100)}
+    assert all(len(dumped(hostile(Random(seed), large))) < INPUT_BYTES_MAX + 1000 for seed in range(200))
 
 
 def test_memory_that_grows_is_a_failure() -> None:

@@ -28,6 +28,7 @@ import psutil
 import structlog
 
 from tools.fuzzing.door import Door, Violation
+from tools.fuzzing.mutations import INPUT_BYTES_MAX
 
 POLL_S = 0.5
 START_S_MAX = 600.0  # for a door to open: on a busy machine importing torch takes long
@@ -112,8 +113,11 @@ def replay(door: Door, data: bytes) -> str:
 
 
 def input_of(door: Door, name: str, seed: int, index: int) -> bytes:
-    """`name` is what the catalogue calls the door."""
-    return door.make(Random(f"{seed}/{name}/{index}"))
+    """`name` is what the catalogue calls the door. Drawn again where it is longer than INPUT_BYTES_MAX."""
+    random = Random(f"{seed}/{name}/{index}")
+    while len(data := door.make(random)) > INPUT_BYTES_MAX:
+        pass
+    return data
 
 
 def _watched(task: Task, open_door: Callable[[str, Path], Door], tally: Tally, told: Callable[[Tally], None]) -> int:

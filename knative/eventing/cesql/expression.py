@@ -16,6 +16,7 @@ from knative.eventing.cesql.lexer import ParseError, Token, tokens
 from knative.eventing.cesql.values import INT_MAX, INT_MIN, Result, Type, Value, bounded
 
 LENGTH_MAX = 8192  # characters of an expression
+PATTERN_MAX = 2048  # characters after LIKE: matching takes this times the length of the attribute
 DEPTH_MAX = 64  # operators and parentheses inside one another; a chain of AND, OR, XOR counts as one
 
 _LIKE_RANK = 4
@@ -49,7 +50,8 @@ class Expression:
 
 
 def compile_expression(text: str) -> Expression:
-    """Raises ParseError for what is no CESQL, is longer than LENGTH_MAX or nested deeper than DEPTH_MAX."""
+    """Raises ParseError for what is no CESQL, is longer than LENGTH_MAX or PATTERN_MAX, or nested deeper than
+    DEPTH_MAX."""
     if len(text) > LENGTH_MAX:
         raise ParseError(f"the expression has {len(text)} characters, at most {LENGTH_MAX} are taken", LENGTH_MAX)
     parser = _Parser(list(tokens(text)))
@@ -111,7 +113,12 @@ class _Parser:
         if negated:
             self._take()
         if self._take().text == "LIKE":
+            position = self._next.position
             pattern = self._expect("string", wanted="a pattern in quotes after LIKE").text
+            if len(pattern) > PATTERN_MAX:
+                raise ParseError(
+                    f"the pattern has {len(pattern)} characters, at most {PATTERN_MAX} are taken", position
+                )
             return self._part(ops.like(left.evaluate, pattern, negated=negated), left)
         self._expect("sign", "(", wanted="'(' after IN")
         members = self._list_to_parenthesis()

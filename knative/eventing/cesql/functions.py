@@ -24,6 +24,9 @@ class Function:
         return self.parameters[index] if index < len(self.parameters) else self.rest
 
 
+TEXT_MAX = 1 << 20  # characters of a result; an expression can name a long attribute thousands of times
+
+
 def find(name: str, count: int) -> Function | None:
     """The function of that name (in any case) for `count` arguments."""
     return next((function for function in _FUNCTIONS.get(name.upper(), ()) if function.takes(count)), None)
@@ -57,7 +60,14 @@ def _substring(text: str, position: int, length: int | None = None) -> Result:
     return Result(text[start:] if length is None else text[start : start + length])
 
 
+def _concat(*texts: str) -> Result:
+    return _concat_ws("", *texts)
+
+
 def _concat_ws(delimiter: str, *texts: str) -> Result:
+    length = sum(map(len, texts)) + len(delimiter) * max(0, len(texts) - 1)
+    if length > TEXT_MAX:
+        return failed("", "functionEvaluation", f"CONCAT to {length} characters, at most {TEXT_MAX} are made")
     return Result(delimiter.join(texts))
 
 
@@ -79,7 +89,7 @@ _FUNCTIONS: dict[str, tuple[Function, ...]] = {
     "STRING": (Function(_string, (None,), "String"),),
     "ABS": (Function(lambda number: bounded(abs(number)), ("Integer",), "Integer"),),
     "LENGTH": (Function(lambda text: Result(len(text)), ("String",), "Integer"),),
-    "CONCAT": (Function(lambda *texts: Result("".join(texts)), (), "String", rest="String"),),
+    "CONCAT": (Function(_concat, (), "String", rest="String"),),
     "CONCAT_WS": (Function(_concat_ws, ("String",), "String", rest="String"),),
     "LOWER": (Function(lambda text: Result(text.lower()), ("String",), "String"),),
     "UPPER": (Function(lambda text: Result(text.upper()), ("String",), "String"),),

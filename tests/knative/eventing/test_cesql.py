@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knative.eventing.cesql.expression import DEPTH_MAX, LENGTH_MAX, compile_expression
+from knative.eventing.cesql.expression import DEPTH_MAX, LENGTH_MAX, PATTERN_MAX, compile_expression
+from knative.eventing.cesql.functions import TEXT_MAX
 from knative.eventing.cesql.lexer import ParseError
 from knative.eventing.cesql.values import Value
 
@@ -180,6 +181,7 @@ def test_what_cannot_be_read_is_named_with_its_place(expression: str, message: s
         "id IN (" * 1000 + "1" + ")" * 1000,
         "(1=" * 2000 + "1" + ")" * 2000,
         "1" * (LENGTH_MAX + 1),
+        "id LIKE '" + "_" * (PATTERN_MAX + 1) + "'",
     ],
 )
 def test_hostile_nesting_and_length_are_refused(expression: str) -> None:
@@ -191,6 +193,14 @@ def test_what_is_just_allowed_is_evaluated() -> None:
     assert outcome("(" * (DEPTH_MAX - 1) + "TRUE" + ")" * (DEPTH_MAX - 1)) == (True, [])
     assert outcome("1" + "+1" * (DEPTH_MAX - 1)) == (DEPTH_MAX, [])
     assert outcome(" OR ".join(["id = 'x'"] * 600)) == (False, [])
+
+
+def test_a_short_expression_makes_no_endless_text() -> None:
+    within = outcome("LENGTH(CONCAT(" + "x," * 15 + "x))", {"x": "a" * (TEXT_MAX // 16)})
+    assert within == (TEXT_MAX, [])
+    beyond = outcome("CONCAT(" + "x," * 4000 + "x)", {"x": "a" * 1_000_000})
+    assert beyond == ("", ["functionEvaluation"])
+    assert outcome("CONCAT_WS(x, 'a', 'b', 'c')", {"x": "a" * TEXT_MAX}) == ("", ["functionEvaluation"])
 
 
 def test_unknown_functions_are_known_before_evaluation() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from knative.errors import ValidationError
 from knative.eventing.event import CloudEvent
-from knative.eventing.filters import compile_filter
+from knative.eventing.filters import CESQL_CHARACTERS_MAX, ENTRIES_MAX, compile_filter
+from knative.resources.field_errors import ERRORS_MAX
 
 EVENT = CloudEvent.build(
     {
@@ -147,6 +148,40 @@ def test_endless_nesting_is_refused() -> None:
         entry = {"not": entry}
     with pytest.raises(ValidationError, match="nested deeper than 32"):
         compile_filter({"filters": [entry]})
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        [{}] * (ENTRIES_MAX + 1),
+        [{"exact": {"type": "a"}}] * (ENTRIES_MAX + 1),
+        [{"any": [{"exact": {"type": "a"}}] * (ENTRIES_MAX // 2)}] * 3,
+        [{"not": {"all": [{"not": "a"}] * ENTRIES_MAX}}],
+    ],
+)
+def test_many_filters_are_refused_before_any_is_read(filters: list[Any]) -> None:
+    with pytest.raises(ValidationError, match=f"more than {ENTRIES_MAX} filters; use several Triggers: spec.filters"):
+        compile_filter({"filters": filters})
+
+
+def test_many_expressions_are_refused_before_any_is_read() -> None:
+    expression = "(" * 8000  # reading it would find no end
+    with pytest.raises(ValidationError, match="the CESQL expressions have 72000 characters together, at most 65536"):
+        compile_filter({"filters": [{"any": [{"not": {"cesql": expression}}] * 9}]})
+
+
+def test_as_many_filters_as_are_allowed_are_used() -> None:
+    entry = {"exact": {"type": "com.example.created"}}
+    assert compile_filter({"filters": [entry] * ENTRIES_MAX}).passes(EVENT)
+    half = f"type = '{'x' * 2000}'"
+    expressions = CESQL_CHARACTERS_MAX // len(half)
+    assert not compile_filter({"filters": [{"any": [{"cesql": half}] * expressions}]}).passes(EVENT)
+
+
+def test_a_mapping_of_many_wrong_names_is_told_in_short() -> None:
+    with pytest.raises(ValidationError) as caught:
+        compile_filter({"filters": [{"exact": {f"X{number}": "a" for number in range(100_000)}}]})
+    assert len(caught.value.problems) == ERRORS_MAX
 
 
 NAMES = st.sampled_from(["id", "type", "time", "ext", "schemaurl", "datamediatype"])

@@ -199,6 +199,12 @@ def test_limits_name_what_is_too_large() -> None:
     with pytest.raises(EventTooLarge, match="more than 60 bytes of headers"):
         parse({**HEADERS, "ce-subject": "x" * 60}, b"", limits)
     event = json.dumps({"specversion": "1.0", "id": "1", "source": "s", "type": "t"}, separators=(",", ":"))
+    with pytest.raises(EventTooLarge, match="attributes take more than 60 bytes") as caught:
+        parse({"content-type": STRUCTURED}, event.replace('"t"', f'"{"t" * 60}"').encode(), Limits(headers_bytes=60))
+    assert caught.value.status == 413
+    long = event.replace('"t"', f'"{"t" * 60}"')
+    with pytest.raises(EventTooLarge, match="attributes take more than 60 bytes"):
+        parse({"content-type": BATCHED}, f"[{event},{long}]".encode(), Limits(headers_bytes=60))
     with pytest.raises(InvalidEvent, match="more than 1 items"):
         parse({"content-type": BATCHED}, f"[{event},{event}]".encode(), Limits(batch_events=1))
 

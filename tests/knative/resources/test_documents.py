@@ -248,3 +248,16 @@ def test_no_file_and_no_manifests(tmp_path: Path) -> None:
         read_documents(tmp_path / "nothing.yaml")
     with pytest.raises(ValidationError, match="no manifests here"):
         read_documents(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["apiVersion", "kind"])
+def test_a_value_of_any_size_is_shown_in_short(name: str) -> None:
+    document = {
+        "apiVersion": "serving.knative.dev/v1",
+        "kind": "Service",
+        "metadata": {"name": "a"},
+        name: ["a"] * 9999,
+    }
+    with pytest.raises(ValidationError, match="expected text") as caught:
+        parsed(json.dumps(document))
+    assert len(str(caught.value)) < 1000

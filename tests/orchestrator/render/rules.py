@@ -790,6 +790,9 @@ def _together(rendered: Rendered, services: Sequence[Tree]) -> Iterator[str]:
     urls = [f"http://{one['metadata']['name']}.{one['metadata']['namespace']}.svc.cluster.local" for one in stages]
     if told.get("ORCHESTRATOR_STAGE_URLS", "").split(",") != urls:
         yield f"the orchestrator calls {told.get('ORCHESTRATOR_STAGE_URLS')}, the stages are {urls}"
+    deadline_s, limit_s = told.get("ORCHESTRATOR_REQUEST_TIMEOUT_S", "0"), _timeout_s(fronts[0])
+    if not 0 < int(deadline_s) <= limit_s:
+        yield f"the orchestrator gives requests {deadline_s} s (0: any time), Knative {limit_s} s"
     yield from _stages_fit(stages, told)
     yield from _models_are_there(rendered, services)
     for policy in rendered.of_kind("NetworkPolicy"):
@@ -827,6 +830,10 @@ def _batch(rendered: Rendered, front: Tree, keepers: Sequence[Tree]) -> Iterator
             routes.add((kind.split(".")[-2], names.get(subscriber["ref"]["name"]), subscriber["uri"]))
     if routes != _BATCH_ROUTES:
         yield f"events of batches go elsewhere: {routes ^ _BATCH_ROUTES}"
+
+
+def _timeout_s(service: Tree) -> int:
+    return int(service["spec"]["template"]["spec"].get("timeoutSeconds", 300))
 
 
 def _stages_fit(stages: Sequence[Tree], told: Mapping[str, str]) -> Iterator[str]:

@@ -65,6 +65,7 @@ KNATIVE_CASES = [
     (f"{SPEC}>securityContext", {"fsGroup": 2**31}, "not in"),
     (f"{SPEC}>securityContext", {"sysctls": []}, "unknown field"),
     (f"{SPEC}>timeoutSeconds", 601, "differs"),
+    ("Service/m>spec>template>spec>timeoutSeconds", 598, "gives requests 599 s"),
     (f"{SPEC}>responseStartTimeoutSeconds", GONE, "differs"),
     (f"{SPEC}>containerConcurrency", 1001, "0..1000"),
     (f"{SPEC}>containerConcurrency", "3", "no integer"),
