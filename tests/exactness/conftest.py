@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,22 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def talkative(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with its tokenizer, but a context of 4096 and weights so large that every token matters."""
+    from transformers import LlamaForCausalLM
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("talkative") / "tiny"))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +169,21 @@ class Stages:
             process.wait()
         for listener in self._listeners:
             listener.close()
+
+
+@pytest.fixture(scope="session")
+def running_stages() -> Callable[..., AbstractContextManager[Stages]]:
+    """(folder, ["0:2", "2:4"], NAME=value...) -> a context with running stage processes, for longer than a test."""
+
+    @contextlib.contextmanager
+    def run(model: Path, spans: Sequence[str], **environment: str) -> Iterator[Stages]:
+        stages = Stages(model, spans, environment)
+        try:
+            yield stages
+        finally:
+            stages.close()
+
+    return run
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import sys
 from orchestrator.chain import Chain
 from orchestrator.generation import GenerationRequest
 
-
 TOKENS = 48  # of each answer, after which another is asked for
 
 

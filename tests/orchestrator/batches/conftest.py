@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from knative import registry
 from knative.client import Client
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH_REQUEST = "dev.stagecraft.batch.request.v1"
@@ -180,7 +181,7 @@ class ResultsService:
         env = {**os.environ, "PORT": str(self.port), "HOST": "127.0.0.1", "RESULTS_FILE": str(self.file)}
         argv = [sys.executable, "-m", "orchestrator.batches.server"]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(argv, cwd=ROOT, env=env, stderr=log, stdout=log)
+            self.process = warm.Popen(argv, cwd=ROOT, env=env, stderr=log, stdout=log)
         while True:
             assert self.process.poll() is None, self.log.read_text()
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
