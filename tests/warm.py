@@ -34,6 +34,16 @@ _ORCHESTRATOR = BUILTIN["stagecraft/orchestrator"].preload
 # by the module that is run; what is not here is imported by a new interpreter each time
 _PRELOADS: dict[str, tuple[str, ...]] = {
     **{command.module: command.preload for command in BUILTIN.values() if command.module},
+    "orchestrator.cli": (
+        "orchestrator.cli",
+        "orchestrator.cli.batch_view",
+        "orchestrator.batches.collect",
+        "orchestrator.batches.known",
+        "orchestrator.planner",
+        "orchestrator.render.deployment",
+        "knative.control",
+        "knative.platform",
+    ),
     "tests.exactness.endless": _ORCHESTRATOR,
     "tests.orchestrator.gated_model": _ORCHESTRATOR,
     "tests.orchestrator.whole_model": (*_ORCHESTRATOR, "transformers.models.llama.modeling_llama"),
