@@ -16,7 +16,8 @@ GRPC_PORT ?= 8081
 PROMPT  ?= ROMEO: But soft! what light through yonder window breaks?
 ONCE    ?=
 TESTS   ?= tests
-WORKERS ?= 2
+# one more than the cores of a small machine: tests wait for processes much of the time
+WORKERS ?= 3
 BENCH   ?=
 FUZZ    ?=
 SOAK    ?=
@@ -40,7 +41,7 @@ run: $(STAMP) ## serve the demonstration model in 2 stages and send one prompt; 
 	@$(BIN)/stagecraft up $(MODEL) --stages $(STAGES) --port $(PORT) --grpc-port $(GRPC_PORT) --prompt "$$PROMPT" $(if $(ONCE),--exit)
 
 test: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(TESTS)
 
 test-slow: $(STAMP) ## run those that take long: benchmarks at toy size, many kills
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --timeout 1200 $(TESTS)

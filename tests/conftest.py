@@ -19,6 +19,20 @@ settings.register_profile("busy", settings.default, deadline=None, suppress_heal
 settings.load_profile("busy")
 
 
+# of processes that are started, and of time that passes: first, so that at the end no worker waits for another's last
+LONG = ("exactness", "benchmarks", "faults", "orchestrator/batches", "orchestrator/cli", "fuzz")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(tests).as_posix() if item.path.is_relative_to(tests) else ""
+        return next((index for index, folder in enumerate(LONG) if path.startswith(f"{folder}/")), len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where platforms and batches of the tests keep what outlives them, so that the user's own are left alone."""

@@ -1,21 +1,19 @@
-"""Real stage processes for the tests that compare with Transformers.
-
-The processes come from a fork server that has imported torch once: each is a process of its own with its own port and
-weights, and ready in a tenth of the time.
-"""
+"""Real stage processes for the tests that compare with Transformers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import io
-import multiprocessing
-import multiprocessing.reduction
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,8 @@ from functions.contract import events
 from functions.contract.sampling import SamplingParams
 from orchestrator.chain import Chain, ChainSettings
 from orchestrator.generation import GenerationRequest
+from tests import warm
+from tests.exactness.fleet import Fleet
 
 VOCABULARY = 211
 PLAN = "test-plan"
@@ -66,6 +66,22 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def talkative(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with its tokenizer, but a context of 4096 and weights so large that every token matters."""
+    from transformers import LlamaForCausalLM
+
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("talkative") / "tiny"))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.config.max_position_embeddings = 4096
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -106,27 +122,11 @@ def whole_model(checkpoint_of: Callable[[str], Path]) -> Callable[[str, Sequence
     return generate
 
 
-def run_stage(listener: Any, environment: dict[str, str]) -> None:
-    """The stage's process: what `python -m functions --fd N` does, after the fork server's imports."""
-    from functions.server import serve
-
-    os.environ.update(environment)
-    os._exit(serve(listener.detach()))
-
-
-@pytest.fixture(scope="session")
-def fork_server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["functions.runner", "functions.server", "functions.service"])
-    return context
-
-
 class Stages:
     """The processes of one chain. `urls` in order; `kill` and `start` end and replace one at its old port, which stays
     open meanwhile; after `lose` nothing listens there any more."""
 
-    def __init__(self, context: Any, model: Path, spans: Sequence[str], environment: dict[str, str]) -> None:
-        self._context = context
+    def __init__(self, model: Path, spans: Sequence[str], environment: dict[str, str]) -> None:
         self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in spans]
         self.urls = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners]
         self._environments = [
@@ -141,19 +141,19 @@ class Stages:
             }
             for index, span in enumerate(spans)
         ]
-        self.processes: list[Any] = [None] * len(spans)
-        for index in range(len(spans)):
-            self.start(index)
+        self.processes = [self._process(index) for index in range(len(spans))]
 
     def start(self, index: int) -> None:
-        handle = multiprocessing.reduction.DupFd(self._listeners[index].fileno())
-        process = self._context.Process(target=run_stage, args=(handle, self._environments[index]), daemon=True)
-        process.start()
-        self.processes[index] = process
+        self.processes[index] = self._process(index)
+
+    def _process(self, index: int) -> warm.Popen:
+        fd = self._listeners[index].fileno()
+        env = {**os.environ, **self._environments[index]}
+        return warm.Popen([sys.executable, "-m", "functions", "--fd", str(fd)], env=env, pass_fds=[fd])
 
     def kill(self, index: int) -> None:
         self.processes[index].kill()
-        self.processes[index].join()
+        self.processes[index].wait()
 
     def lose(self, index: int) -> None:
         self._listeners[index].close()
@@ -163,20 +163,37 @@ class Stages:
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            process.join(10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             process.kill()
+            process.wait()
         for listener in self._listeners:
             listener.close()
 
 
+@pytest.fixture(scope="session")
+def running_stages() -> Callable[..., AbstractContextManager[Stages]]:
+    """(folder, ["0:2", "2:4"], NAME=value...) -> a context with running stage processes, for longer than a test."""
+
+    @contextlib.contextmanager
+    def run(model: Path, spans: Sequence[str], **environment: str) -> Iterator[Stages]:
+        stages = Stages(model, spans, environment)
+        try:
+            yield stages
+        finally:
+            stages.close()
+
+    return run
+
+
 @pytest.fixture
-def start_stages(fork_server: Any, checkpoint_of: Callable[[str], Path]) -> Iterator[Callable[..., Stages]]:
+def start_stages(checkpoint_of: Callable[[str], Path]) -> Iterator[Callable[..., Stages]]:
     """(architecture or folder, ["0:2", "2:4"], NAME=value...) -> running stage processes, ended with the test."""
     started: list[Stages] = []
 
     def start(model: str | Path, spans: Sequence[str], **environment: str) -> Stages:
         folder = model if isinstance(model, Path) else checkpoint_of(model)
-        started.append(Stages(fork_server, folder, spans, environment))
+        started.append(Stages(folder, spans, environment))
         return started[-1]
 
     yield start
@@ -278,6 +295,16 @@ async def start_replicas(start_stages: Callable[..., Stages]) -> AsyncIterator[C
         for replicas in started:
             for service in replicas.services:
                 await service.close()
+
+
+@pytest.fixture
+async def fleet(start_stages: Any) -> AsyncIterator[Fleet]:
+    async with aiohttp.ClientSession() as session:
+        fleet = Fleet(session, start_stages)
+        await fleet.start()
+        yield fleet
+        for door in fleet.doors:
+            await door.close()
 
 
 @pytest.fixture

@@ -1,22 +1,10 @@
-"""The whole path, client → orchestrator process → stage processes: answers equal generate, whatever the protocol.
-
-Stage processes import this module, so openai and kserve are imported only where they are used.
-"""
+"""The whole path, client → orchestrator process → stage processes: answers equal generate, whatever the protocol."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing.reduction
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +12,9 @@ import httpx
 import pytest
 import torch
 
-NAME, PLAN = "whole", "endpoints-plan"
+from tests.exactness.orchestrators import NAME, Orchestrator
+
+PLAN = "endpoints-plan"
 VOCABULARY, CONTEXT, BODY_BYTES_MAX = 257, 4096, 100_000
 CUTS = {1: ["0:4"], 2: ["0:2", "2:4"], 3: ["0:1", "1:3", "3:4"], 4: ["0:1", "1:2", "2:3", "3:4"]}
 NEW_TOKENS = 20
@@ -38,27 +28,11 @@ two_stages = pytest.mark.parametrize("system", [2], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with its tokenizer, but a long context and weights so large that every token matters."""
-    from transformers import LlamaForCausalLM
-
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("endpoints") / "tiny"))
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.config.max_position_embeddings = CONTEXT
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Path, prompts: list[list[int]]) -> list[list[int]]:
+def expected(talkative: Path, prompts: list[list[int]]) -> list[list[int]]:
     """What Transformers' generate answers to each of the prompts, greedy."""
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(talkative, attn_implementation="eager", dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
 
     def generate(prompt: Sequence[int]) -> list[int]:
@@ -70,132 +44,22 @@ def expected(checkpoint: Path, prompts: list[list[int]]) -> list[list[int]]:
     return [generate(prompt) for prompt in prompts]
 
 
-@dataclass(frozen=True)
-class System:
-    """One orchestrator process and its stages, ready."""
-
-    url: str
-    grpc: str
-    stage_urls: list[str]
-
-    def sequences(self) -> list[float]:
-        """Sequences that each stage holds."""
-        return [metric(url, "stagecraft_stage_sequences") for url in self.stage_urls]
-
-    def tokens(self) -> float:
-        """Tokens that went through the first stage so far."""
-        return metric(self.stage_urls[0], "stagecraft_stage_tokens_total")
-
-
-def metric(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} "))
-
-
-def run_stage(listener: Any, environment: dict[str, str]) -> None:
-    from functions.server import serve
-
-    os.environ.update(environment)
-    os._exit(serve(listener.detach()))
-
-
-@contextmanager
-def stage(context: Any, environment: dict[str, str]) -> Iterator[str]:
-    """The URL of a stage process from the fork server."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        handle = multiprocessing.reduction.DupFd(listener.fileno())
-        process = context.Process(target=run_stage, args=(handle, environment), daemon=True)
-        process.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            process.terminate()
-            process.join(10)
-            process.kill()
-            process.join()
-
-
-@contextmanager
-def orchestrator(root: Path, log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    settings = {f"ORCHESTRATOR_{name}": value for name, value in environment.items()}
-    full = {**os.environ, **settings, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-P", "-m", "orchestrator.server"]
-    with log.open("wb") as output, subprocess.Popen(argv, env=full, stdout=output, stderr=output) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-
-
-def free_ports() -> list[int]:
-    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
-        return [first.getsockname()[1], second.getsockname()[1]]
-
-
-def wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(4 * POLLS):
-        if process.poll() is not None:
-            pytest.fail(f"the orchestrator ended with {process.returncode}:\n{log.read_text()}")
-        try:
-            if httpx.get(f"{url}/v2/models/{NAME}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(POLL_S)
-    pytest.fail(f"the orchestrator never became ready:\n{log.read_text()}")
-
-
 @pytest.fixture(scope="module")
 def system(
-    request: pytest.FixtureRequest,
-    root: Path,
-    checkpoint: Path,
-    fork_server: Any,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[System]:
-    spans = CUTS[request.param]
+    request: pytest.FixtureRequest, talkative: Path, running_stages: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Orchestrator]:
     log = tmp_path_factory.mktemp("orchestrator") / "log"
-    http_port, grpc_port = free_ports()
-    with ExitStack() as running:
-        urls = [
-            running.enter_context(
-                stage(
-                    fork_server,
-                    {
-                        "STAGE_MODEL": str(checkpoint),
-                        "STAGE_BLOCKS": span,
-                        "STAGE_INDEX": str(index),
-                        "STAGE_COUNT": str(len(spans)),
-                        "STAGE_PLAN": PLAN,
-                        "STAGE_THREADS": "1",
-                    },
-                )
-            )
-            for index, span in enumerate(spans)
-        ]
-        settings = {
-            "MODEL": str(checkpoint),
-            "MODEL_NAME": NAME,
-            "STAGE_URLS": ",".join(urls),
-            "PLAN": PLAN,
-            "HOST": "127.0.0.1",
-            "HTTP_PORT": str(http_port),
-            "GRPC_PORT": str(grpc_port),
-            "BODY_BYTES_MAX": str(BODY_BYTES_MAX),
-        }
-        process = running.enter_context(orchestrator(root, log, settings))
-        url = f"http://127.0.0.1:{http_port}"
-        wait_ready(url, process, log)
-        yield System(url, f"127.0.0.1:{grpc_port}", urls)
+    with running_stages(talkative, CUTS[request.param], STAGE_PLAN=PLAN) as stages:
+        found = Orchestrator(talkative, PLAN, stages.urls, log, {"BODY_BYTES_MAX": str(BODY_BYTES_MAX)})
+        try:
+            found.start()
+            yield found
+        finally:
+            found.close()
 
 
 @pytest.fixture
-async def openai_client(system: System) -> AsyncIterator[Any]:
+async def openai_client(system: Orchestrator) -> AsyncIterator[Any]:
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=f"{system.url}/openai/v1", api_key="none", max_retries=0, timeout=120) as client:
@@ -230,7 +94,7 @@ async def streamed(client: Any, prompt: list[int], **options: Any) -> tuple[str,
 
 @every_cut
 async def test_eight_completions_at_once_equal_generate(
-    system: System, openai_client: Any, prompts: list[list[int]], expected: list[list[int]]
+    system: Orchestrator, openai_client: Any, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     answers = await asyncio.gather(*(whole(openai_client, prompt) for prompt in prompts))
     assert [ids for _, ids in answers] == expected
@@ -239,7 +103,7 @@ async def test_eight_completions_at_once_equal_generate(
 
 @every_cut
 async def test_streamed_answers_are_those_in_one_piece(
-    system: System, openai_client: Any, prompts: list[list[int]], expected: list[list[int]]
+    system: Orchestrator, openai_client: Any, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     both = [call(openai_client, prompt) for call in (whole, streamed) for prompt in prompts]
     answers = await asyncio.gather(*both)
@@ -255,7 +119,7 @@ def first_drawn() -> dict[int, list[int]]:
 
 @every_cut
 async def test_a_seed_draws_the_same_tokens_for_every_number_of_stages(
-    system: System,
+    system: Orchestrator,
     openai_client: Any,
     prompts: list[list[int]],
     expected: list[list[int]],
@@ -283,7 +147,9 @@ def output_ids(reply: Any) -> list[int]:
 
 
 @two_stages
-async def test_v1_predict_equals_generate(system: System, prompts: list[list[int]], expected: list[list[int]]) -> None:
+async def test_v1_predict_equals_generate(
+    system: Orchestrator, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
     from kserve import InferenceRESTClient
     from kserve.inference_client import RESTConfig
 
@@ -296,7 +162,7 @@ async def test_v1_predict_equals_generate(system: System, prompts: list[list[int
 
 @two_stages
 async def test_v2_infer_over_rest_equals_generate(
-    system: System, prompts: list[list[int]], expected: list[list[int]]
+    system: Orchestrator, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     from kserve import InferenceRESTClient
     from kserve.inference_client import RESTConfig
@@ -310,7 +176,7 @@ async def test_v2_infer_over_rest_equals_generate(
 
 @two_stages
 async def test_v2_infer_over_grpc_equals_generate(
-    system: System, prompts: list[list[int]], expected: list[list[int]]
+    system: Orchestrator, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     from kserve import InferenceGRPCClient
 
@@ -329,7 +195,7 @@ async def until(met: Callable[[], bool], what: str) -> None:
     pytest.fail(f"never happened: {what}")
 
 
-async def drop_stream(system: System, path: str, body: dict[str, Any]) -> None:
+async def drop_stream(system: Orchestrator, path: str, body: dict[str, Any]) -> None:
     """Hangs up after some events."""
     async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", system.url + path, json=body) as reply:
         assert reply.status_code == 200
@@ -341,7 +207,7 @@ async def drop_stream(system: System, path: str, body: dict[str, Any]) -> None:
     pytest.fail("the stream ended by itself")
 
 
-async def drop_call(system: System, call: Any) -> None:
+async def drop_call(system: Orchestrator, call: Any) -> None:
     """Cancels a call without a stream once every stage works for it."""
     task = asyncio.ensure_future(call)
     await until(lambda: task.done() or system.sequences() == [1.0, 1.0], "all stages hold the sequence")
@@ -351,29 +217,29 @@ async def drop_call(system: System, call: Any) -> None:
         await task
 
 
-async def drop_openai_stream(system: System) -> None:
+async def drop_openai_stream(system: Orchestrator) -> None:
     body = {"model": NAME, "prompt": "To be", **GREEDY, "max_tokens": ENDLESS, "stream": True}
     await drop_stream(system, "/openai/v1/completions", body)
 
 
-async def drop_generate_stream(system: System) -> None:
+async def drop_generate_stream(system: Orchestrator) -> None:
     body = {"text_input": "To be", "parameters": {**GREEDY, "max_tokens": ENDLESS}}
     await drop_stream(system, f"/v2/models/{NAME}/generate_stream", body)
 
 
-async def drop_openai(system: System) -> None:
+async def drop_openai(system: Orchestrator) -> None:
     body = {"model": NAME, "prompt": "To be", **GREEDY, "max_tokens": ENDLESS}
     async with httpx.AsyncClient(timeout=60) as client:
         await drop_call(system, client.post(f"{system.url}/openai/v1/completions", json=body))
 
 
-async def drop_predict(system: System) -> None:
+async def drop_predict(system: Orchestrator) -> None:
     body = {"instances": ["To be"], "parameters": {**GREEDY, "max_tokens": ENDLESS}}
     async with httpx.AsyncClient(timeout=60) as client:
         await drop_call(system, client.post(f"{system.url}/v1/models/{NAME}:predict", json=body))
 
 
-async def drop_grpc(system: System) -> None:
+async def drop_grpc(system: Orchestrator) -> None:
     from kserve import InferenceGRPCClient
 
     async with InferenceGRPCClient(system.grpc) as client:
@@ -391,7 +257,7 @@ DROPS = {
 
 @two_stages
 @pytest.mark.parametrize("way", DROPS)
-async def test_a_client_that_leaves_frees_every_stage(system: System, way: str) -> None:
+async def test_a_client_that_leaves_frees_every_stage(system: Orchestrator, way: str) -> None:
     await until(lambda: system.sequences() == [0.0, 0.0], "stages are idle")
     before = system.tokens()
     await DROPS[way](system)
@@ -440,7 +306,7 @@ BAD: dict[str, tuple[tuple[str, Any], int]] = {
 
 @two_stages
 async def test_bad_requests_do_not_touch_a_stream_beside_them(
-    system: System, openai_client: Any, prompts: list[list[int]]
+    system: Orchestrator, openai_client: Any, prompts: list[list[int]]
 ) -> None:
     """The stream would go on for long after them, and is left once it has said enough."""
     _, undisturbed = await streamed(openai_client, prompts[1], max_tokens=BESIDE_TOKENS)

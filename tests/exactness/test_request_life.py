@@ -1,32 +1,24 @@
-"""What becomes of a request: repeated by its key, over its time, cut off by either end, over real stage processes.
-
-Stage processes import this module, so kserve is imported only where it is used.
-"""
+"""What becomes of a request: repeated by its key, over its time, cut off by either end, over real stage processes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing.reduction
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 
-NAME, PLAN = "whole", "life-plan"
-CONTEXT = 4096
+from tests.exactness.orchestrators import NAME, Orchestrator
+
+PLAN = "life-plan"
+HALVES = ["0:2", "2:4"]
 ENDLESS = 4000  # more tokens than any test waits for
 PROMPT = [20, 21, 22]
 SAMPLED = {"temperature": 1, "max_tokens": 16, "ignore_eos": True}
@@ -34,173 +26,34 @@ LIMITS = {"LANES_MAX": "1", "LANE_WIDTH": "4", "STEP_TOKENS_MAX": "16", "REQUEST
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with its tokenizer, but a long context and weights so large that every token matters."""
-    from transformers import LlamaForCausalLM
-
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("life") / "tiny"))
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.config.max_position_embeddings = CONTEXT
-    model.save_pretrained(folder)
-    return folder
-
-
-def run_stage(listener: Any, environment: dict[str, str]) -> None:
-    from functions.server import serve
-
-    os.environ.update(environment)
-    os._exit(serve(listener.detach()))
-
-
-@contextmanager
-def stage(context: Any, environment: dict[str, str]) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        handle = multiprocessing.reduction.DupFd(listener.fileno())
-        process = context.Process(target=run_stage, args=(handle, environment), daemon=True)
-        process.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            process.kill()
-            process.join()
-
-
-@contextmanager
-def two_stages(context: Any, checkpoint: Path) -> Iterator[list[str]]:
-    with ExitStack() as running:
-        yield [
-            running.enter_context(
-                stage(
-                    context,
-                    {
-                        "STAGE_MODEL": str(checkpoint),
-                        "STAGE_BLOCKS": blocks,
-                        "STAGE_INDEX": str(index),
-                        "STAGE_COUNT": "2",
-                        "STAGE_PLAN": PLAN,
-                        "STAGE_THREADS": "1",
-                    },
-                )
-            )
-            for index, blocks in enumerate(["0:2", "2:4"])
-        ]
-
-
-@pytest.fixture(scope="module")
-def stage_urls(checkpoint: Path, fork_server: Any) -> Iterator[list[str]]:
-    with two_stages(fork_server, checkpoint) as urls:
-        yield urls
+def stage_urls(talkative: Path, running_stages: Any) -> Iterator[list[str]]:
+    with running_stages(talkative, HALVES, STAGE_PLAN=PLAN) as stages:
+        yield stages.urls
 
 
 @pytest.fixture
-def other_stage_urls(checkpoint: Path, fork_server: Any) -> Iterator[list[str]]:
+def other_stage_urls(talkative: Path, running_stages: Any) -> Iterator[list[str]]:
     """For a test that leaves sequences in them."""
-    with two_stages(fork_server, checkpoint) as urls:
-        yield urls
-
-
-@dataclass
-class Orchestrator:
-    """A process that may be ended and started again at its ports."""
-
-    root: Path
-    log: Path
-    settings: dict[str, str]
-    stage_urls: list[str]
-    ports: list[int] = field(default_factory=lambda: free_ports(2))
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.ports[0]}"
-
-    def start(self) -> None:
-        given = {**self.settings, "HTTP_PORT": str(self.ports[0]), "GRPC_PORT": str(self.ports[1])}
-        environment = {f"ORCHESTRATOR_{name}": value for name, value in given.items()}
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "orchestrator.server"],
-                env={**os.environ, **environment, "PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=output,
-            )
-        self.wait(lambda: httpx.get(f"{self.url}/v2/models/{NAME}/ready").status_code == 200)
-
-    def wait(self, met: Callable[[], bool]) -> None:
-        for _ in range(2400):
-            assert self.process is not None
-            if self.process.poll() is not None:
-                pytest.fail(f"the orchestrator ended with {self.process.returncode}:\n{self.log.read_text()}")
-            try:
-                if met():
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.05)
-        pytest.fail(f"never happened:\n{self.log.read_text()}")
-
-    def end(self, number: signal.Signals) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-    def sequences(self) -> list[float]:
-        """Sequences that each stage holds."""
-        return [metric(url, "stagecraft_stage_sequences") for url in self.stage_urls]
-
-    def tokens(self) -> float:
-        """Tokens that went through the first stage so far."""
-        return metric(self.stage_urls[0], "stagecraft_stage_tokens_total")
-
-    def waiting(self) -> float:
-        return metric(self.url, 'stagecraft_sequences_waiting{priority="interactive"}')
-
-    def until_idle(self) -> None:
-        self.wait(lambda: self.sequences() == [0.0, 0.0])
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [taken.getsockname()[1] for taken in sockets]
-
-
-def metric(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+    with running_stages(talkative, HALVES, STAGE_PLAN=PLAN) as stages:
+        yield stages.urls
 
 
 @pytest.fixture(scope="module")
 def new_orchestrator(
-    root: Path, checkpoint: Path, stage_urls: list[str], tmp_path_factory: pytest.TempPathFactory
+    talkative: Path, stage_urls: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Orchestrator]]:
     """(NAME=value...) -> a running orchestrator over the module's stages, or others; ended with the module."""
     started: list[Orchestrator] = []
 
     def start(stage_urls: list[str] = stage_urls, **settings: str) -> Orchestrator:
-        common = {
-            "MODEL": str(checkpoint),
-            "MODEL_NAME": NAME,
-            "STAGE_URLS": ",".join(stage_urls),
-            "PLAN": PLAN,
-            "HOST": "127.0.0.1",
-            **LIMITS,
-        }
         log = tmp_path_factory.mktemp("orchestrator") / "log"
-        started.append(Orchestrator(root, log, {**common, **settings}, stage_urls))
+        started.append(Orchestrator(talkative, PLAN, stage_urls, log, {**LIMITS, **settings}))
         started[-1].start()
         return started[-1]
 
     yield start
     for orchestrator in started:
-        assert orchestrator.process is not None
-        if orchestrator.process.poll() is None:
-            orchestrator.process.kill()
-            orchestrator.process.wait()
+        orchestrator.close()
 
 
 @pytest.fixture(scope="module")

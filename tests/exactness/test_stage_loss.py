@@ -133,7 +133,7 @@ async def test_a_replacement_that_is_killed_while_it_is_filled_is_replaced_too(
 
     before = refilled()
     assert await texts(chain, prompts, lose_first) == expected
-    assert replicas.sets[1].processes[1].exitcode == -signal.SIGKILL
+    assert replicas.sets[1].processes[1].returncode == -signal.SIGKILL
     again = [now - then for now, then in zip(refilled(), before, strict=True)]
     assert sum(again) == again[1] > 0
 

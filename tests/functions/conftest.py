@@ -26,6 +26,7 @@ from functions.contract.sampling import SamplingParams
 from functions.contract.spans import BlockSpan
 from functions.runner import Runner, load_runner
 from functions.stage import Stage
+from tests import warm
 
 KV_BYTES_MAX = 1 << 20
 PLAN = "0123456789abcdef"
@@ -170,10 +171,13 @@ def start_stage(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Starts stages that are stopped when the tests end; does not wait for them.
 
     start(settings, argv) takes settings without their STAGE_ and by default runs `python -m functions` with an
-    inherited socket; `by_port` passes HOST and PORT instead."""
+    inherited socket, in a fork that has imported torch, or with `cold` in a new interpreter; `by_port` passes HOST and
+    PORT instead."""
     started: list[StageProcess] = []
 
-    def start(settings: Mapping[str, object], argv: Sequence[str] = (), *, by_port: bool = False) -> StageProcess:
+    def start(
+        settings: Mapping[str, object], argv: Sequence[str] = (), *, by_port: bool = False, cold: bool = False
+    ) -> StageProcess:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         env = {name: value for name, value in os.environ.items() if not name.startswith("STAGE_")}
@@ -188,7 +192,8 @@ def start_stage(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             fds = (listener.fileno(),)
             command += ["--fd", str(listener.fileno())]
         with log.open("wb") as stderr, closing(listener):
-            process = subprocess.Popen(command, stderr=stderr, stdout=stderr, cwd=root, env=env, pass_fds=fds)
+            popen = subprocess.Popen if cold or argv else warm.Popen
+            process = popen(command, stderr=stderr, stdout=stderr, cwd=root, env=env, pass_fds=fds)
         stage = StageProcess(process, f"http://127.0.0.1:{port}", log, int(str(settings.get("index", 0))))
         started.append(stage)
         return stage

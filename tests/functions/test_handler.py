@@ -442,7 +442,7 @@ def test_checkpoint_that_is_not_there_ends_the_process(start_stage: Callable[...
 def test_unknown_setting_ends_the_process_before_it_loads(
     start_stage: Callable[..., Any], tiny_checkpoint: Path
 ) -> None:
-    code, log = start_stage({"model": tiny_checkpoint, "blocks": "0:4", "modl": "x"}).ended()
+    code, log = start_stage({"model": tiny_checkpoint, "blocks": "0:4", "modl": "x"}, cold=True).ended()
     assert code == 2
     assert log.startswith("error: unknown settings STAGE_MODL; known are ")
     assert len(log.splitlines()) == 1
@@ -471,7 +471,7 @@ def slow_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def test_life_of_a_stage_from_loading_to_sigterm(
     start_stage: Callable[..., Any], slow_checkpoint: Path, tiny_checkpoint: Path, step_of: Callable[..., Step]
 ) -> None:
-    stage = listening(start_stage({"model": slow_checkpoint, "blocks": "0:2", "count": 2}, by_port=True))
+    stage = listening(start_stage({"model": slow_checkpoint, "blocks": "0:2", "count": 2}, by_port=True, cold=True))
     assert stage.get("/healthz").status_code == 200
     assert (stage.get("/readyz").status_code, stage.get("/readyz").json()) == (503, {"status": "loading"})
     assert refusal(stage.post(stage.headers(events.WAKE, ce_plan="other"))).code == "plan_mismatch"

@@ -17,6 +17,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests import warm
+
 ROOT = Path(__file__).parents[2]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] | trim }}{{ eos_token }}\n{% endfor %}"
@@ -112,9 +114,9 @@ def live_server(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     http_port, grpc_port = free_port(), free_port()
     folder = tmp_path_factory.mktemp("server")
     gate, log = folder / "gate", folder / "log"
-    command = [sys.executable, str(Path(__file__).parent / "whole_model.py"), str(toy_folder)]
+    command = [sys.executable, "-m", "tests.orchestrator.whole_model", str(toy_folder)]
     with log.open("w") as stream:
-        process = subprocess.Popen(
+        process = warm.Popen(
             [*command, str(http_port), str(grpc_port), str(gate)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stderr=stream,

@@ -1,7 +1,7 @@
 """A server process for tests of mode `later`: the real endpoints over tokens that hang on prompt and seed alone.
 
-Run as `python gated_model.py FOLDER HTTP_PORT GATE`, with ORCHESTRATOR_EVENTS... in the environment. Requests with a
-seed of 3 or more wait until the file GATE exists.
+Run as `python -m tests.orchestrator.gated_model FOLDER HTTP_PORT GATE`, with ORCHESTRATOR_EVENTS... in the
+environment. Requests with a seed of 3 or more wait until the file GATE exists.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from orchestrator.batches.events import cancel_event, request_event
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError, GenerationRequest, Token
 from orchestrator.tokenizer import load_tokenizer
+from tests import warm
 
 TIMEOUT_S = 60  # only reached by what would hang for ever
 
@@ -233,7 +234,7 @@ class Server:
         self.file, self.gate, self.log = work / "events.sqlite", work / "gate", work / "log"
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, str(Path(__file__).parent / "gated_model.py"), str(folder), str(port)]
+        self._command = [sys.executable, "-m", "tests.orchestrator.gated_model", str(folder), str(port)]
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -246,7 +247,7 @@ class Server:
     def start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             command = [*self._command, str(self.gate)]
-            self.process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+            self.process = warm.Popen(command, env=self._environment, stdout=log, stderr=log)
         return self.process
 
     async def post(self, client: httpx.AsyncClient, event: CloudEvent) -> int:

@@ -28,6 +28,7 @@ from functions.contract.http_limits import HttpLimits, limited_protocol
 from functions.contract.watched_file import FileError, WatchedFile
 from orchestrator.api_keys import ApiKeys, first_api_key, parse_api_keys
 from orchestrator.http_guard import nests_deeper
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 KEY, OTHER = "sk-first-0123456789abcdef", "sk-other-0123456789abcdef"
@@ -60,10 +61,10 @@ def server(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     keys.write_text(f"# of the tests\nteam-a: {KEY}\n")
     gate.touch()
     http_port, grpc_port = free_port(), free_port()
-    command = [sys.executable, str(Path(__file__).parent / "whole_model.py"), str(toy_folder)]
+    command = [sys.executable, "-m", "tests.orchestrator.whole_model", str(toy_folder)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ORCHESTRATOR_API_KEYS_FILE": str(keys)}
     with log.open("w") as stream:
-        process = subprocess.Popen(
+        process = warm.Popen(
             [*command, str(http_port), str(grpc_port), str(gate)], env=env, stderr=stream, stdout=stream
         )
     try:

@@ -20,6 +20,8 @@ import yaml
 from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer
 
+from tests import warm
+
 BUSY, BREAKS, SLOW, CRASHES = 5, 6, 7, 8  # as in whole_model.py
 ROOT = Path(__file__).parents[2]
 SPECS = Path(os.environ.get("STAGECRAFT_SPECS", ROOT.parent / "shared" / "specs"))
@@ -455,15 +457,13 @@ def test_chunks_and_models_fit_openais_schemas(live_server: Any, document: dict[
 
 
 def run_server(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator.server", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATOR_")}, **environment},
-        timeout=60,
-        check=False,
-    )
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith("ORCHESTRATOR_")}, **environment}
+    return warm.run([sys.executable, "-m", "orchestrator.server", *arguments], cwd=ROOT, env=env)
+
+
+def run_whole_model(*arguments: object) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "tests.orchestrator.whole_model", *map(str, arguments)]
+    return warm.run(argv, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def test_misspelt_and_missing_settings_are_told_at_start() -> None:
@@ -479,15 +479,7 @@ def test_misspelt_and_missing_settings_are_told_at_start() -> None:
 
 def test_a_taken_port_is_named(live_server: Any, toy_folder: Path) -> None:
     port = live_server.url.rsplit(":", 1)[1]
-    script = Path(__file__).parent / "whole_model.py"
-    result = subprocess.run(
-        [sys.executable, str(script), str(toy_folder), port, "0", "gate"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
-        check=False,
-    )
+    result = run_whole_model(toy_folder, port, 0, "gate")
     assert result.returncode == 3
     assert f"port {port} is taken" in result.stderr
     assert "Traceback" not in result.stderr
@@ -496,16 +488,8 @@ def test_a_taken_port_is_named(live_server: Any, toy_folder: Path) -> None:
 def test_stages_that_do_not_start_end_the_process_with_a_reason(sentencepiece_folder: Path, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     gate.touch()
-    script = Path(__file__).parent / "whole_model.py"
     # a folder with a tokenizer and no weights
-    result = subprocess.run(
-        [sys.executable, str(script), str(sentencepiece_folder), str(free_port()), "0", str(gate)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=90,
-        check=False,
-    )
+    result = run_whole_model(sentencepiece_folder, free_port(), 0, gate)
     assert result.returncode == 1
     assert "the stages could not be started" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
@@ -515,9 +499,8 @@ def test_sigterm_lets_running_requests_end(toy_folder: Path, tmp_path: Path) -> 
     port = free_port()
     gate = tmp_path / "gate"
     gate.touch()
-    script = Path(__file__).parent / "whole_model.py"
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(toy_folder), str(port), "0", str(gate)],
+    process = warm.Popen(
+        [sys.executable, "-m", "tests.orchestrator.whole_model", str(toy_folder), str(port), "0", str(gate)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
     )

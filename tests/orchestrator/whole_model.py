@@ -1,7 +1,7 @@
 """A server process for the tests: the real endpoints over a whole tiny model in one process, with Transformers.
 
-Run as `python whole_model.py FOLDER HTTP_PORT GRPC_PORT GATE`; it becomes ready once the file GATE exists. Prompts
-that begin with certain token ids rehearse trouble (FAULTS); /metrics tells how many sequences are open.
+Run as `python -m tests.orchestrator.whole_model FOLDER HTTP_PORT GRPC_PORT GATE`; it becomes ready once the file GATE
+exists. Prompts that begin with certain token ids rehearse trouble; /metrics tells how many sequences are open.
 """
 
 from __future__ import annotations

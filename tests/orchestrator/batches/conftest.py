@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from knative import registry
 from knative.client import Client
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[3]
 BATCH_REQUEST = "dev.stagecraft.batch.request.v1"
@@ -180,7 +181,7 @@ class ResultsService:
         env = {**os.environ, "PORT": str(self.port), "HOST": "127.0.0.1", "RESULTS_FILE": str(self.file)}
         argv = [sys.executable, "-m", "orchestrator.batches.server"]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(argv, cwd=ROOT, env=env, stderr=log, stdout=log)
+            self.process = warm.Popen(argv, cwd=ROOT, env=env, stderr=log, stdout=log)
         while True:
             assert self.process.poll() is None, self.log.read_text()
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
@@ -278,7 +279,7 @@ def start_batch(state_home: Path) -> Iterator[Callable[..., subprocess.Popen[str
         argv = [sys.executable, "-P", "-m", "orchestrator.cli", "batch", *map(str, arguments)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=env))
+        started.append(warm.Popen(argv, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=env))
         return started[-1]
 
     yield run
@@ -328,7 +329,8 @@ class BatchPlatform:
         argv += ["--port", self.port, "--data-dir", self.folder / "data", "--log-dir", self.folder / "logs"]
         env = {**os.environ, "STAGECRAFT_RUNTIME_DIR": str(self.runtime), "OMP_NUM_THREADS": "1"}
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
+            popen = subprocess.Popen if self.inside else warm.Popen
+            self.process = popen(
                 [str(one) for one in argv], stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=env
             )
         assert self.process.stdout is not None
