@@ -185,6 +185,38 @@ async def test_a_lane_goes_on_where_it_is_until_another_replica_is_ready(
     assert fleet.services[1].kinds[events.STEP] == 1, "only the lane's first; the wake has named the next replica"
 
 
+async def test_a_lane_leaves_though_the_first_wake_is_never_answered(
+    fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service may have handed it to a replica that hangs, so it is asked again, long before the time is over that
+    stages get to wake."""
+    monkeypatch.setattr("orchestrator.stage_pool._WAKE_PATIENCE_S", 0.2)
+    await fleet.add(0)
+    old, new = [await fleet.add(1) for _ in range(2)]
+    fleet.services[1].replicas.remove(new)
+    chain = await open_chain(fleet, ChainSettings(lanes_max=1, probe_every_s=0.01))
+    wakes: list[int] = []
+    over = asyncio.Event()
+
+    async def drain() -> None:
+        old.step_takes_s = 0.02
+        old.draining = True
+        fleet.services[1].replicas.append(new)
+
+    async def lose_the_first_wake(kind: str) -> None:
+        if old.draining and kind == events.WAKE:
+            wakes.append(old.lanes["0"])
+            if len(wakes) == 1:
+                await over.wait()
+
+    fleet.services[1].before = lose_the_first_wake
+    before = handovers(1, "whole")
+    answers = await together(chain, prompts[:2], drain)
+    over.set()
+    assert answers == [whole_model("llama", p, LONG) for p in prompts[:2]]
+    assert handovers(1, "whole") == before + 1, "the lane ended where it was: nobody was asked a second time"
+
+
 async def test_a_lane_ends_on_its_old_plan_where_the_service_has_a_new_one(
     fleet: Fleet, open_chain: Any, prompts: Any, whole_model: Any
 ) -> None:
