@@ -1,4 +1,7 @@
-/* What the kernels share: sixteen floats at a time, and the parts that other kernels call.
+/* What the kernels share: which processors they are compiled for, and the parts that other kernels call.
+ *
+ * What counts is compiled once for each kind of processor, from a file that is included for each. NAME gives each its own
+ * names, LANES says how many floats one of its registers holds: GCC takes longer vectors apart, one number at a time.
  *
  * A function whose name ends in `_team` is called by every thread of a parallel region, or by the only one outside of
  * one; it returns to each as soon as that one's share is done. Who needs the results of all waits at a barrier. */
@@ -9,11 +12,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LANES 16
 #define INLINE static inline __attribute__((always_inline))
+#define LINE 16 /* floats of a cache line */
 
-/* Sixteen floats at a time; the compiler makes of it what the processor has. */
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+/* As many floats as a register holds, wherever they lie. */
+#define LANES_TYPE(name) \
+    typedef float name __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias))
 
 /* Whether the code for such processors can be compiled (PROCESSORS), and which one this is. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

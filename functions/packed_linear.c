@@ -20,44 +20,40 @@
 /* Has the compiler keep a pointer as it is, and not put others in its place. */
 #define KEEP(pointer) __asm__("" : "+r"(pointer))
 
-typedef int8_t Whole __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int16_t Wider __attribute__((vector_size(LANES * sizeof(int16_t))));
-typedef int32_t Widest __attribute__((vector_size(LANES * sizeof(int32_t))));
-
-/* Sixteen int8 as floats, step by step: GCC takes a longer one for each number by itself. */
-#define CONVERTED(at) \
-    __builtin_convertvector( \
-        __builtin_convertvector(__builtin_convertvector(*(const Whole *)(at), Wider), Widest), Lanes)
-
 /* The results of the rows from `first` to before `end` for one panel. */
 typedef void Panel(const Linear *l, int index, int64_t first, int64_t end);
 
-#define FLOATS(at) CONVERTED(at)
 #define NAME(name) name##_any
+#define LANES 4
 #define ROWS_MAX 2
 #include "packed_linear_rows.h"
 #undef NAME
+#undef LANES
 #undef ROWS_MAX
 
 #if PROCESSORS
 #pragma GCC push_options
 #pragma GCC target("arch=haswell")
 #define NAME(name) name##_avx2
+#define LANES 8
 #define ROWS_MAX 3
 #include "packed_linear_rows.h"
 #undef NAME
+#undef LANES
 #undef ROWS_MAX
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=skylake-avx512,prefer-vector-width=512")
 #include <immintrin.h> /* here, so that its functions are compiled for the same processor */
-#undef FLOATS /* in two instructions, which GCC does not find */
-#define FLOATS(at) (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at))))
 #define NAME(name) name##_avx512
+#define LANES 16
 #define ROWS_MAX 12
+/* in two instructions, which GCC does not find */
+#define FLOATS(at) (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(at))))
 #include "packed_linear_rows.h"
 #undef NAME
+#undef LANES
 #undef ROWS_MAX
 #pragma GCC pop_options
 
@@ -102,9 +98,9 @@ INLINE void pack(const char *weights, char *panels, int64_t inputs, int64_t outp
         int64_t low = index * PANEL > first ? 0 : first - index * PANEL;
         int64_t high = first + outputs - index * PANEL < PANEL ? first + outputs - index * PANEL : PANEL;
         const char *rows = weights + (index * PANEL - first) * inputs * item;
-        for (int64_t i = 0; i < inputs; i += LANES)
+        for (int64_t i = 0; i < inputs; i += LINE)
             for (int64_t column = low; column < high; column++)
-                for (int64_t j = i; j < i + LANES && j < inputs; j++)
+                for (int64_t j = i; j < i + LINE && j < inputs; j++)
                     memcpy(panel + (j * PANEL + column) * item, rows + (column * inputs + j) * item, item);
     }
 }

@@ -1,34 +1,52 @@
-/* The part of packed_linear.c that is compiled once for each kind of processor; NAME gives each its own names, ROWS_MAX
- * says how many rows of results fit into its registers. */
+/* The part of packed_linear.c that is compiled once for each kind of processor (see kernels.h); ROWS_MAX says how many rows
+ * of results fit into its registers. */
+
+LANES_TYPE(NAME(lanes));
+#define Lanes NAME(lanes)
+#define PARTS (PANEL / LANES)
+
+#ifndef FLOATS
+/* LANES int8 as floats, step by step: GCC takes a longer one for each number by itself. */
+typedef int8_t NAME(bytes) __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int16_t NAME(words) __attribute__((vector_size(LANES * sizeof(int16_t))));
+typedef int32_t NAME(longs) __attribute__((vector_size(LANES * sizeof(int32_t))));
+#define FLOATS(at) \
+    __builtin_convertvector(__builtin_convertvector( \
+        __builtin_convertvector(*(const NAME(bytes) *)(at), NAME(words)), NAME(longs)), Lanes)
+#endif
 
 /* `rows` rows of results, PANEL columns: acc += x[r][i] * panel[i]. A weight has `item` bytes: 4 (float) or 1 (int8).
  * Meanwhile memory from `next` on is fetched, `pace` bytes for each input: it is read while the processor multiplies. */
 INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float *y, const float *scale,
                        const float *bias, int columns, const char *next, int64_t pace, const int rows, const int item)
 {
-    Lanes acc[ROWS_MAX][2];
+    Lanes acc[ROWS_MAX][PARTS];
     /* The inputs of three rows are reached from one pointer: with a pointer for each row they do not fit into the
      * registers, and fetching them from elsewhere takes the time of a multiplication. */
     const int64_t row = l->x_row;
     const float *three[(ROWS_MAX + 2) / 3];
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = (Lanes){0};
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int p = 0; p < PARTS; p++) acc[r][p] = (Lanes){0};
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r += 3) three[r / 3] = x + r * row;
     for (int64_t i = 0; i < l->inputs; i++) {
         const char *at = panel + i * PANEL * item;
-        Lanes w0, w1;
-        if (item == 1) {
-            w0 = FLOATS(at), w1 = FLOATS(at + LANES);
-        } else {
-            w0 = *(const Lanes *)at, w1 = *(const Lanes *)(at + LANES * sizeof(float));
+        Lanes weights[PARTS];
+#pragma GCC unroll 8
+        for (int p = 0; p < PARTS; p++) {
+            if (item == 1)
+                weights[p] = FLOATS(at + p * LANES);
+            else
+                weights[p] = *(const Lanes *)(at + p * LANES * sizeof(float));
         }
         __builtin_prefetch(next + i * pace, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const float factor = three[r / 3][r % 3 * row];
-            acc[r][0] += w0 * factor;
-            acc[r][1] += w1 * factor;
+#pragma GCC unroll 8
+            for (int p = 0; p < PARTS; p++) acc[r][p] += weights[p] * factor;
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r += 3) {
@@ -38,20 +56,13 @@ INLINE void NAME(tile)(const Linear *l, const float *x, const char *panel, float
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
-        float *to = y + r * l->y_row;
-        if (item == 1) {
-            acc[r][0] *= *(const Lanes *)scale;
-            acc[r][1] *= *(const Lanes *)(scale + LANES);
+        float *to = y + r * l->y_row, last[PANEL], *first = columns == PANEL ? to : last;
+#pragma GCC unroll 8
+        for (int p = 0; p < PARTS; p++) {
+            if (item == 1) acc[r][p] *= *(const Lanes *)(scale + p * LANES);
+            *(Lanes *)(first + p * LANES) = acc[r][p];
         }
-        if (columns == PANEL) {
-            *(Lanes *)to = acc[r][0];
-            *(Lanes *)(to + LANES) = acc[r][1];
-        } else {
-            float last[PANEL];
-            *(Lanes *)last = acc[r][0];
-            *(Lanes *)(last + LANES) = acc[r][1];
-            memcpy(to, last, columns * sizeof(float));
-        }
+        if (columns < PANEL) memcpy(to, last, columns * sizeof(float));
         if (bias) {
             /* read again, so that it is an addition for any number of rows: one that is part of a multiplication, as the
              * compiler might make it here and not there, is rounded differently */
@@ -93,3 +104,7 @@ static void NAME(whole)(const Linear *l, int index, int64_t first, int64_t end)
 {
     NAME(panel)(l, index, first, end, 1);
 }
+
+#undef FLOATS
+#undef PARTS
+#undef Lanes

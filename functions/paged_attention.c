@@ -21,7 +21,7 @@
 #define AHEAD 8      /* tokens whose keys are fetched before their turn */
 #define SIZE_MAX_ 512 /* of a head; checked by the caller */
 #define LOWEST -1e30f /* below every score; no infinity, which -ffast-math does not know */
-#define TILE_KEYS (4 * LANES) /* tokens whose scores are held at once in a tile */
+#define TILE_KEYS 64 /* tokens whose scores are held at once in a tile */
 #define TASKS_PER_THREAD 8 /* so that they end at about the same time */
 #define TILE_ROWS 96 /* of a tile, a row for each token and head */
 
@@ -53,30 +53,36 @@ void file_tile(const Pass *pass, const Attention *a, int tile)
 }
 
 #define NAME(name) name##_any
+#define LANES 4
 #define TILE_STEP 2 /* rows of a tile whose sums fit into the registers */
 #include "paged_attention_row.h"
 #include "paged_attention_tile.h"
 #undef NAME
+#undef LANES
 #undef TILE_STEP
 
 #if PROCESSORS
 #pragma GCC push_options
 #pragma GCC target("arch=haswell")
 #define NAME(name) name##_avx2
-#define TILE_STEP 1
+#define LANES 8
+#define TILE_STEP 3
 #include "paged_attention_row.h"
 #include "paged_attention_tile.h"
 #undef NAME
+#undef LANES
 #undef TILE_STEP
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=skylake-avx512,prefer-vector-width=512")
 #define NAME(name) name##_avx512
+#define LANES 16
 #define TILE_STEP 6
 #include "paged_attention_row.h"
 #include "paged_attention_tile.h"
 #undef NAME
+#undef LANES
 #undef TILE_STEP
 #pragma GCC pop_options
 #endif

@@ -1,4 +1,7 @@
-/* The part of paged_attention.c that is compiled once for each kind of processor; NAME gives each its own names. */
+/* The part of paged_attention.c that computes token by token; compiled once for each kind of processor (see kernels.h). */
+
+LANES_TYPE(NAME(lanes));
+#define Lanes NAME(lanes)
 
 INLINE float NAME(dot)(const float *a, const float *b, const int n)
 {
@@ -57,8 +60,8 @@ INLINE void NAME(attend_sized)(const Pass *pass, const Attention *a, int slice, 
         }
         for (int t = n; t < n + AHEAD; t++) keys[t] = keys[n - 1];
         for (int t = 0; t < n; t++) {
-            for (int d = 0; d < groups * key_size; d += LANES) __builtin_prefetch(keys[t + AHEAD] + d, 0, 2);
-            for (int d = 0; d < groups * value_size; d += LANES) __builtin_prefetch(values[t] + d, 0, 2);
+            for (int d = 0; d < groups * key_size; d += LINE) __builtin_prefetch(keys[t + AHEAD] + d, 0, 2);
+            for (int d = 0; d < groups * value_size; d += LINE) __builtin_prefetch(values[t] + d, 0, 2);
             for (int h = 0; h < count; h++)
                 scores[h][t] = NAME(dot)(queries[h], keys[t] + key_at[h], key_size) * a->scale;
         }
@@ -99,3 +102,5 @@ static void NAME(attend)(const Pass *pass, const Attention *a, int slice, int po
     else
         NAME(attend_sized)(pass, a, slice, position, row, first, count, a->key_size, a->value_size);
 }
+
+#undef Lanes

@@ -1,52 +1,57 @@
-/* The part of paged_attention.c that computes a tile of tokens and heads; compiled once for each kind of processor. NAME
- * gives each its own names, TILE_STEP says how many rows of sums fit into its registers. */
+/* The part of paged_attention.c that computes a tile of tokens and heads; compiled once for each kind of processor (see
+ * kernels.h). TILE_STEP says how many rows of PARTS vectors fit into its registers. */
 
-/* scores[r][j] = the sum over d of query[r][d] * columns[d][j], of TILE_STEP rows and TILE_KEYS keys */
-INLINE void NAME(scores)(const float *query, const float *columns, float *scores, const int rows, const int size)
+LANES_TYPE(NAME(lanes));
+#define Lanes NAME(lanes)
+#define PARTS 4
+
+/* scores[r][j] = the sum over d of query[r][d] * columns[d][j], of TILE_STEP rows and PARTS * LANES keys */
+INLINE void NAME(scores)(const float *query, const float *columns, float *scores, const int size)
 {
-    Lanes acc[TILE_STEP][TILE_KEYS / LANES];
+    Lanes acc[TILE_STEP][PARTS];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < TILE_KEYS / LANES; j++) acc[r][j] = (Lanes){0};
+    for (int r = 0; r < TILE_STEP; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) acc[r][p] = (Lanes){0};
     for (int d = 0; d < size; d++) {
-        const Lanes *keys = (const Lanes *)(columns + d * TILE_KEYS);
-        const Lanes k0 = keys[0], k1 = keys[1], k2 = keys[2], k3 = keys[3];
+        Lanes keys[PARTS];
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) keys[p] = *(const Lanes *)(columns + d * TILE_KEYS + p * LANES);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
+        for (int r = 0; r < TILE_STEP; r++) {
             const float factor = query[r * size + d];
-            acc[r][0] += k0 * factor;
-            acc[r][1] += k1 * factor;
-            acc[r][2] += k2 * factor;
-            acc[r][3] += k3 * factor;
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++) acc[r][p] += keys[p] * factor;
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < TILE_KEYS / LANES; j++) *(Lanes *)(scores + r * TILE_KEYS + j * LANES) = acc[r][j];
+    for (int r = 0; r < TILE_STEP; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) *(Lanes *)(scores + r * TILE_KEYS + p * LANES) = acc[r][p];
 }
 
 /* acc[r][..] += the sum over j < count of weights[r][j] * values[j][..], of `vectors` * LANES columns */
-INLINE void NAME(add_values)(float *acc, const float *weights, const float *values, const int count, const int rows,
-                             const int width, const int vectors)
+INLINE void NAME(add_values)(float *acc, const float *weights, const float *values, const int count, const int width,
+                             const int vectors)
 {
-    Lanes sums[TILE_STEP][4];
+    Lanes sums[TILE_STEP][PARTS];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < TILE_STEP; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sums[r][v] = *(const Lanes *)(acc + r * width + v * LANES);
     for (int j = 0; j < count; j++) {
-        Lanes value[4];
+        Lanes value[PARTS];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) value[v] = *(const Lanes *)(values + j * width + v * LANES);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
+        for (int r = 0; r < TILE_STEP; r++) {
             const float weight = weights[r * TILE_KEYS + j];
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) sums[r][v] += value[v] * weight;
         }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+    for (int r = 0; r < TILE_STEP; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) *(Lanes *)(acc + r * width + v * LANES) = sums[r][v];
 }
@@ -108,7 +113,8 @@ INLINE void NAME(attend_tile_sized)(const Pass *pass, const Attention *a, int sl
             memcpy(values + j * width, a->values + at * value_row + group * value_size, value_size * sizeof(float));
         }
         for (int r = 0; r < rows; r += TILE_STEP)
-            NAME(scores)(query + r * key_size, columns, scores + r * TILE_KEYS, TILE_STEP, key_size);
+            for (int j = 0; j < TILE_KEYS; j += PARTS * LANES)
+                NAME(scores)(query + r * key_size, columns + j, scores + r * TILE_KEYS + j, key_size);
         for (int r = 0; r < rows; r++) {
             const int position = start + r % tokens, high = position - from < count ? position - from : count - 1;
             const int low = a->window && position + 1 - a->window > from ? position + 1 - a->window - from : 0;
@@ -119,10 +125,10 @@ INLINE void NAME(attend_tile_sized)(const Pass *pass, const Attention *a, int sl
         }
         for (int r = 0; r < rows; r += TILE_STEP) {
             int d = 0;
-            for (; d + 4 * LANES <= width; d += 4 * LANES)
-                NAME(add_values)(acc + r * width + d, scores + r * TILE_KEYS, values + d, count, TILE_STEP, width, 4);
+            for (; d + PARTS * LANES <= width; d += PARTS * LANES)
+                NAME(add_values)(acc + r * width + d, scores + r * TILE_KEYS, values + d, count, width, PARTS);
             for (; d < width; d += LANES)
-                NAME(add_values)(acc + r * width + d, scores + r * TILE_KEYS, values + d, count, TILE_STEP, width, 1);
+                NAME(add_values)(acc + r * width + d, scores + r * TILE_KEYS, values + d, count, width, 1);
         }
     }
     for (int r = 0; r < rows; r++) {
@@ -143,3 +149,6 @@ static void NAME(attend_tile)(const Pass *pass, const Attention *a, int slice, i
     else
         NAME(attend_tile_sized)(pass, a, slice, first, tokens, group, head, heads, a->key_size, a->value_size);
 }
+
+#undef PARTS
+#undef Lanes

@@ -1,4 +1,4 @@
-/* The part of rows.c that is compiled once for each kind of processor; NAME gives each its own names. */
+/* The part of rows.c that is compiled once for each kind of processor (see kernels.h). */
 
 static void NAME(rms_norm)(const float *x, const float *factors, float *y, int64_t size, float eps)
 {
