@@ -426,7 +426,9 @@ class Chain:
     def _book(self, lane: Lane, tokens: list[tuple[lanes.Sequence, Token]]) -> None:
         for sequence, token in tokens:
             if not sequence.cancelled:
-                lane.booked.append((lane.jobs[sequence.id], token))
+                job = lane.jobs[sequence.id]
+                job.booked += 1
+                lane.booked.append((job, token))
             if token.finish is not None:
                 sequence.cancelled = True  # swept before the next step
                 self._pace.ended(sequence.generated, sequence.request.max_tokens)
@@ -437,6 +439,7 @@ class Chain:
         """Gives booked tokens to whoever waits for them. The lane's next step, if there is one, has its turn before
         all of them: what they do with their tokens takes as long as some hops, and need not hold it up."""
         for job, token in lane.booked:
+            job.booked -= 1
             job.out.put_nowait(token)
         lane.booked.clear()
 

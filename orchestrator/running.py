@@ -20,13 +20,14 @@ class Job:
     sequence: lanes.Sequence
     kv_tokens: int
     out: asyncio.Queue[Token | GenerationError] = field(default_factory=asyncio.Queue)
+    booked: int = 0  # tokens that have yet to be put into the line
     news: asyncio.Event | None = None  # of its lane, once it has one
     dropped: bool = False  # nobody reads it any more
 
     @property
     def paused(self) -> bool:
         """Whether so many tokens lie unread that it makes no more for now."""
-        return self.out.qsize() >= UNREAD_TOKENS_MAX
+        return self.out.qsize() + self.booked >= UNREAD_TOKENS_MAX
 
     async def next(self) -> Token | GenerationError:
         """What comes by the line."""
