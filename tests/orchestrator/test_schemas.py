@@ -7,6 +7,7 @@ itself publishes at /openapi.json, which KServe makes for its own V1 and V2 endp
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import schemathesis
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
+from jsonschema import Draft202012Validator
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
@@ -34,6 +36,7 @@ DESCRIPTIONS = {
 }
 ABSENT = ("/embeddings", "/batches", "/files", "/chat/completions/{")  # of OpenAI's: not served
 NOT_IMPLEMENTED = frozenset({501})  # versions of models, and taking the model away
+STREAM = "text/event-stream"
 TIMEOUT_S = 120
 
 
@@ -68,7 +71,8 @@ def fill(paths: dict[str, Any]) -> None:
 def ask_all(server: LiveServer, name: str, examples: int) -> Counter[str]:
     """How often each operation gave which verdict: of so many good requests, and as many bad ones where it has a
     body."""
-    schema = schemathesis.openapi.from_dict(described(name, server))
+    document = described(name, server)
+    schema = schemathesis.openapi.from_dict(document)
     verdicts: Counter[str] = Counter()
 
     def ask(case: Case) -> None:
@@ -79,7 +83,9 @@ def ask_all(server: LiveServer, name: str, examples: int) -> Counter[str]:
         headers = {key.lower(): values[0] for key, values in reply.headers.items()}
         verdict = judged(reply.status_code, headers, reply.content, allowed=NOT_IMPLEMENTED)
         verdicts[f"{case.operation.label} {verdict}"] += 1
-        if reply.status_code == 200:
+        if reply.status_code == 200 and headers["content-type"].startswith(STREAM):
+            check_stream(document, case, reply.content)
+        elif reply.status_code == 200:
             case.validate_response(reply, checks=[response_schema_conformance])
 
     limits = settings(
@@ -96,6 +102,18 @@ def ask_all(server: LiveServer, name: str, examples: int) -> Counter[str]:
         if operation.body:
             limits(given(operation.as_strategy(GenerationMode.NEGATIVE))(ask))()
     return verdicts
+
+
+def check_stream(document: dict[str, Any], case: Case, content: bytes) -> None:
+    """What a description says of a stream is meant of the JSON in each event; Schemathesis takes it for the event."""
+    described = case.operation.definition.raw["responses"]["200"]["content"].get(STREAM)
+    if described is None:
+        return  # OpenAI's tells of no streams
+    validator = Draft202012Validator({**described["schema"], "components": document["components"]})
+    data = [line.removeprefix(b"data:").strip() for line in content.splitlines() if line.startswith(b"data:")]
+    assert data
+    for event in data:
+        validator.validate(json.loads(event))
 
 
 @pytest.mark.parametrize("name", DESCRIPTIONS)
