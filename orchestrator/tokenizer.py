@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
 from functions.contract.checkpoint import exists, open_file
+
+T = TypeVar("T")
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -44,18 +46,18 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
-        return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._asked(backend.encode, text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens; "" without tokenizer.json, so that ids can be served alone."""
         if self.backend is None:
             return ""
         if len(ids) != 1:
-            return str(self.backend.decode(list(ids), skip_special_tokens=True))
+            return str(self._asked(self.backend.decode, list(ids), skip_special_tokens=True))
         # detokenizing asks for them again and again
         text = self._alone.get(ids[0])
         if text is None:
-            text = self._alone[ids[0]] = self.backend.decode([ids[0]], skip_special_tokens=True)
+            text = self._alone[ids[0]] = self._asked(self.backend.decode, [ids[0]], skip_special_tokens=True)
         return text
 
     def token_bytes(self, token: int) -> bytes | None:
@@ -81,6 +83,19 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         return self.backend is not None and self.decode([token]) == ""
+
+    def _asked(self, function: Callable[..., T], *args: object, **options: object) -> T:
+        """What a function of the library returns. It reads files whose parts do not fit together (a template with a
+        sequence that is never given), and then panics, by an exception that is none of Python's ordinary ones."""
+        try:
+            return function(*args, **options)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(
+                f"{self.location}/tokenizer.json is not in order: tokenizers cannot use it ({error}); save it anew with "
+                "save_pretrained"
+            ) from None
 
     def _need(self) -> tokenizers.Tokenizer:
         if self.backend is None:

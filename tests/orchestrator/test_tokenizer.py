@@ -144,6 +144,20 @@ def test_a_broken_file_is_named(tmp_path: Path, file: str) -> None:
         load_tokenizer(str(tmp_path))
 
 
+def test_parts_that_do_not_fit_together_are_told(byte_level_folder: Path, tmp_path: Path) -> None:
+    """The library panics, which is no ordinary exception and would end a server."""
+    given = json.loads((byte_level_folder / "tokenizer.json").read_text())
+    given["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(given))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not in order: tokenizers cannot use it \(.+\); save"):
+        load_tokenizer(str(tmp_path)).encode("To be")
+
+
 def test_half_a_surrogate_pair_is_refused(byte_level_folder: Path) -> None:
     with pytest.raises(TokenizerError, match="Unicode"):
         load_tokenizer(str(byte_level_folder)).encode("a\ud800")
