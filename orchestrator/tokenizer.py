@@ -93,8 +93,8 @@ class Tokenizer:
             if type(error).__name__ != "PanicException":
                 raise
             raise TokenizerError(
-                f"{self.location}/tokenizer.json is not in order: tokenizers cannot use it ({error}); save it anew with "
-                "save_pretrained"
+                f"{self.location}/tokenizer.json is not in order: tokenizers cannot use it ({error}); save it "
+                "anew with save_pretrained"
             ) from None
 
     def _need(self) -> tokenizers.Tokenizer:
