@@ -22,7 +22,7 @@ from typing import Any
 from functions.contract.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from functions.contract.frames import ITEM_BYTES
 from functions.contract.spans import BlockSpan
-from orchestrator.cost import Cost
+from orchestrator.cost import COUNT_MAX, Cost
 from orchestrator.plan import Plan, PlanError, StageSpec
 
 KV_TOKENS = 8192  # the reserve of plan_by_memory, unless told otherwise
@@ -93,6 +93,11 @@ def model_cost(checkpoint: Checkpoint, dtype: str = "auto", quantize: str = "non
     blocks, beside = _sorted_tensors(checkpoint)
     share = _expert_share(checkpoint.text_config)
     kv_bytes = _kv_values_per_token(checkpoint.text_config) * item_bytes
+    if not 0 <= kv_bytes * checkpoint.block_count <= COUNT_MAX:
+        raise CheckpointError(
+            f"{checkpoint.location}/config.json: no model has heads of such a number and size (head_dim, hidden_size, "
+            "num_attention_heads, num_key_value_heads)"
+        )
     embedding = _token_embedding(checkpoint, beside)
     before = [info for info in beside if _EMBEDDING.search(info.name) and not _HEAD.search(info.name)]
     after = [info for info in beside if info not in before]

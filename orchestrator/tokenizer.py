@@ -139,9 +139,18 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     for source in sources:
         for name, value in source.items():
             content = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(content, str):
+            if name.endswith("_token") and isinstance(content, str) and _is_unicode(content):
                 found[name] = content
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON may spell half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _eos_ids(location: str, backend: tokenizers.Tokenizer | None, special: Mapping[str, str]) -> frozenset[int]:

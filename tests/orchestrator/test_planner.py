@@ -291,6 +291,12 @@ def test_a_checkpoint_with_a_hole_names_it(without: str, said: str) -> None:
         plan_by_stages(invented(9, without=without), 2)
 
 
+@pytest.mark.parametrize("size", [10**18, 10**70, 10**400], ids=["18 digits", "70", "400"])
+def test_heads_of_a_size_that_no_model_has_are_told(size: int) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: no model has heads of such a number and size \(head_dim"):
+        plan_by_stages(invented(config={"head_dim": size}), 2)
+
+
 def test_an_absurd_number_of_blocks_is_refused_at_once() -> None:
     with pytest.raises(CheckpointError, match="no tensors for blocks 2, 3, 4, 5, 6 and 999999993 more"):
         model_cost(invented(2, config={"num_hidden_layers": 10**9}))

@@ -158,6 +158,26 @@ def test_parts_that_do_not_fit_together_are_told(byte_level_folder: Path, tmp_pa
         load_tokenizer(str(tmp_path)).encode("To be")
 
 
+def test_half_a_surrogate_pair_is_no_special_token(byte_level_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(byte_level_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    assert "eos_token" not in load_tokenizer(str(tmp_path)).special
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a'.encode('xyz') }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+    ],
+    ids=["an encoding that is none", "calls without an end", "brackets without an end"],
+)
+def test_whatever_a_template_raises_is_told(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match="chat template"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "Hi"}])
+
+
 def test_half_a_surrogate_pair_is_refused(byte_level_folder: Path) -> None:
     with pytest.raises(TokenizerError, match="Unicode"):
         load_tokenizer(str(byte_level_folder)).encode("a\ud800")
