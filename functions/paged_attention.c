@@ -30,6 +30,12 @@ typedef void Attend(const Pass *pass, const Attention *a, int slice, int positio
 typedef void AttendTile(const Pass *pass, const Attention *a, int slice, int first, int tokens, int group, int head,
                         int heads);
 
+/* For one kind of processor. */
+typedef struct {
+    Attend *attend;
+    AttendTile *attend_tile;
+} Kind;
+
 static int tile_tokens(const Pass *pass, int tile)
 {
     int left = pass->lengths[pass->tile_slices[tile]] - pass->tile_firsts[tile];
@@ -87,52 +93,41 @@ void file_tile(const Pass *pass, const Attention *a, int tile)
 #pragma GCC pop_options
 #endif
 
-static Attend *best_row(void)
+static Kind best(void)
 {
 #if PROCESSORS
-    if (HAS_AVX512) return attend_avx512;
-    if (HAS_AVX2) return attend_avx2;
+    if (HAS_AVX512) return (Kind){attend_avx512, attend_tile_avx512};
+    if (HAS_AVX2) return (Kind){attend_avx2, attend_tile_avx2};
 #endif
-    return attend_any;
-}
-
-static AttendTile *best_tile(void)
-{
-#if PROCESSORS
-    if (HAS_AVX512) return attend_tile_avx512;
-    if (HAS_AVX2) return attend_tile_avx2;
-#endif
-    return attend_tile_any;
+    return (Kind){attend_any, attend_tile_any};
 }
 
 /* Heads first .. first + count - 1 of one tile, whole kv heads. */
-static void attend_heads(Attend *attend, AttendTile *attend_tile, const Pass *pass, const Attention *a, int tile,
-                         int first, int count)
+static void attend_heads(Kind kind, const Pass *pass, const Attention *a, int tile, int first, int count)
 {
     const int shared = a->heads / a->kv_heads, slice = pass->tile_slices[tile], tokens = tile_tokens(pass, tile);
     if (pass->lengths[slice] <= SHORT_MAX) {
         for (int t = 0; t < tokens; t++)
             for (int h = 0; h < count; h += HEADS_MAX)
-                attend(pass, a, slice, pass->starts[slice] + t, pass->rows[slice] + t, first + h,
-                       count - h < HEADS_MAX ? count - h : HEADS_MAX);
+                kind.attend(pass, a, slice, pass->starts[slice] + t, pass->rows[slice] + t, first + h,
+                            count - h < HEADS_MAX ? count - h : HEADS_MAX);
         return;
     }
     const int most = TILE_ROWS / tokens;
     for (int head = first; head < first + count; head += shared)
         for (int h = 0; h < shared; h += most)
-            attend_tile(pass, a, slice, pass->tile_firsts[tile], tokens, head / shared, head + h,
-                        shared - h < most ? shared - h : most);
+            kind.attend_tile(pass, a, slice, pass->tile_firsts[tile], tokens, head / shared, head + h,
+                             shared - h < most ? shared - h : most);
 }
 
 void paged_attention_team(const Pass *pass, const Attention *a)
 {
-    Attend *attend = best_row();
-    AttendTile *attend_tile = best_tile();
+    const Kind kind = best();
     /* a task has all heads where there are tasks enough without cutting them up, else those of a kv head */
     const int parts = pass->tiles >= TASKS_PER_THREAD * pass->threads ? 1 : a->kv_heads, count = a->heads / parts;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int task = 0; task < pass->tiles * parts; task++)
-        attend_heads(attend, attend_tile, pass, a, task / parts, task % parts * count, count);
+        attend_heads(kind, pass, a, task / parts, task % parts * count, count);
 }
 
 void paged_attention(const Pass *pass, const Attention *a)

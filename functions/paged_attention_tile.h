@@ -5,55 +5,32 @@ LANES_TYPE(NAME(lanes));
 #define Lanes NAME(lanes)
 #define PARTS 4
 
-/* scores[r][j] = the sum over d of query[r][d] * columns[d][j], of TILE_STEP rows and PARTS * LANES keys */
-INLINE void NAME(scores)(const float *query, const float *columns, float *scores, const int size)
-{
-    Lanes acc[TILE_STEP][PARTS];
-#pragma GCC unroll 8
-    for (int r = 0; r < TILE_STEP; r++)
-#pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++) acc[r][p] = (Lanes){0};
-    for (int d = 0; d < size; d++) {
-        Lanes keys[PARTS];
-#pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++) keys[p] = *(const Lanes *)(columns + d * TILE_KEYS + p * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_STEP; r++) {
-            const float factor = query[r * size + d];
-#pragma GCC unroll 4
-            for (int p = 0; p < PARTS; p++) acc[r][p] += keys[p] * factor;
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < TILE_STEP; r++)
-#pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++) *(Lanes *)(scores + r * TILE_KEYS + p * LANES) = acc[r][p];
-}
-
-/* acc[r][..] += the sum over j < count of weights[r][j] * values[j][..], of `vectors` * LANES columns */
-INLINE void NAME(add_values)(float *acc, const float *weights, const float *values, const int count, const int width,
-                             const int vectors)
+/* out[r][..] = the sum over i < count of factors[r][i] * rows[i][..], of TILE_STEP rows and `vectors` * LANES columns; added
+ * to what is there unless it is to be a `fresh` one. The counts are floats from one row to the next. */
+INLINE void NAME(sum_rows)(float *out, const int out_row, const float *factors, const int factors_row, const float *rows,
+                           const int rows_row, const int count, const int vectors, const int fresh)
 {
     Lanes sums[TILE_STEP][PARTS];
 #pragma GCC unroll 8
     for (int r = 0; r < TILE_STEP; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[r][v] = *(const Lanes *)(acc + r * width + v * LANES);
-    for (int j = 0; j < count; j++) {
-        Lanes value[PARTS];
+        for (int v = 0; v < vectors; v++)
+            sums[r][v] = fresh ? (Lanes){0} : *(const Lanes *)(out + r * out_row + v * LANES);
+    for (int i = 0; i < count; i++) {
+        Lanes row[PARTS];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) value[v] = *(const Lanes *)(values + j * width + v * LANES);
+        for (int v = 0; v < vectors; v++) row[v] = *(const Lanes *)(rows + i * rows_row + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < TILE_STEP; r++) {
-            const float weight = weights[r * TILE_KEYS + j];
+            const float factor = factors[r * factors_row + i];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) sums[r][v] += value[v] * weight;
+            for (int v = 0; v < vectors; v++) sums[r][v] += row[v] * factor;
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < TILE_STEP; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) *(Lanes *)(acc + r * width + v * LANES) = sums[r][v];
+        for (int v = 0; v < vectors; v++) *(Lanes *)(out + r * out_row + v * LANES) = sums[r][v];
 }
 
 /* Scores of one row become weights, and what was summed up before is scaled to the new maximum. Of the keys only those
@@ -114,7 +91,8 @@ INLINE void NAME(attend_tile_sized)(const Pass *pass, const Attention *a, int sl
         }
         for (int r = 0; r < rows; r += TILE_STEP)
             for (int j = 0; j < TILE_KEYS; j += PARTS * LANES)
-                NAME(scores)(query + r * key_size, columns + j, scores + r * TILE_KEYS + j, key_size);
+                NAME(sum_rows)(scores + r * TILE_KEYS + j, TILE_KEYS, query + r * key_size, key_size, columns + j, TILE_KEYS,
+                               key_size, PARTS, 1);
         for (int r = 0; r < rows; r++) {
             const int position = start + r % tokens, high = position - from < count ? position - from : count - 1;
             const int low = a->window && position + 1 - a->window > from ? position + 1 - a->window - from : 0;
@@ -126,9 +104,11 @@ INLINE void NAME(attend_tile_sized)(const Pass *pass, const Attention *a, int sl
         for (int r = 0; r < rows; r += TILE_STEP) {
             int d = 0;
             for (; d + PARTS * LANES <= width; d += PARTS * LANES)
-                NAME(add_values)(acc + r * width + d, scores + r * TILE_KEYS, values + d, count, width, PARTS);
+                NAME(sum_rows)(acc + r * width + d, width, scores + r * TILE_KEYS, TILE_KEYS, values + d, width, count, PARTS,
+                               0);
             for (; d < width; d += LANES)
-                NAME(add_values)(acc + r * width + d, scores + r * TILE_KEYS, values + d, count, width, 1);
+                NAME(sum_rows)(acc + r * width + d, width, scores + r * TILE_KEYS, TILE_KEYS, values + d, width, count, 1,
+                               0);
         }
     }
     for (int r = 0; r < rows; r++) {

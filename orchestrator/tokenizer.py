@@ -42,10 +42,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises TokenizerError for text that is not Unicode (half a surrogate pair) and without tokenizer.json."""
         backend = self._need()
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode at character {error.start}") from None
+        if (at := _half_character(text)) is not None:
+            raise TokenizerError(f"the text is not valid Unicode at character {at}")
         return list(self._asked(backend.encode, text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -139,18 +137,18 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     for source in sources:
         for name, value in source.items():
             content = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(content, str) and _is_unicode(content):
+            if name.endswith("_token") and isinstance(content, str) and _half_character(content) is None:
                 found[name] = content
     return found
 
 
-def _is_unicode(text: str) -> bool:
-    """JSON may spell half a surrogate pair, which is no character."""
+def _half_character(text: str) -> int | None:
+    """Where half a surrogate pair stands, which is no character, and which JSON may spell; None if nowhere."""
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _eos_ids(location: str, backend: tokenizers.Tokenizer | None, special: Mapping[str, str]) -> frozenset[int]:

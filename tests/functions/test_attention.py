@@ -215,31 +215,23 @@ KINDS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("lengths", "new", "seed"),
+    [
+        # before and after the bounds of pages (8) and of the kernel's chunks (128); slices of 1 to 5 tokens
+        ([0, 1, 7, 8, 9, 63, 127, 128, 129, 300, 40, 500], [1, 1, 1, 2, 1, 3, 1, 1, 4, 1, 5, 1], 1),
+        # before and after the bounds of the kernel's tiles (32 tokens, 64 keys), at the start and further on
+        ([0, 0, 1, 63, 64, 150], [5, 65, 31, 32, 33, 70], 4),
+    ],
+    ids=["decode", "prefill"],
+)
 @pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
-def test_sequences_of_very_different_lengths_decode_together(shape: Shape, way: str) -> None:
-    """Lengths before and after the bounds of pages (8) and of the kernel's chunks (128); slices of 1 to 5 tokens."""
-    torch.manual_seed(1)
+def test_sequences_of_very_different_lengths_go_together(
+    shape: Shape, lengths: list[int], new: list[int], seed: int, way: str
+) -> None:
+    torch.manual_seed(seed)
     sinks = shape.some_sinks()
     cache = Cache(shape, sinks)
-    lengths = [0, 1, 7, 8, 9, 63, 127, 128, 129, 300, 40, 500]
-    new = [1, 1, 1, 2, 1, 3, 1, 1, 4, 1, 5, 1]
-    sequences = [Rows.random(shape, past + n) for past, n in zip(lengths, new, strict=True)]
-    cut = [(i + 1, past, rows) for i, (past, rows) in enumerate(zip(lengths, sequences, strict=True))]
-    with computed_by(way):
-        cache.attend([(i, 0, rows.part(0, past)) for i, past, rows in cut if past])
-        out = cache.attend([(i, past, rows.part(past, len(rows))) for i, past, rows in cut])
-    for (_, past, rows), result in zip(cut, out, strict=True):
-        assert_close(result, reference(rows, shape, sinks, past))
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
-def test_long_slices_of_different_lengths_are_attended_together(shape: Shape, way: str) -> None:
-    """Before and after the bounds of the kernel's tiles (32 tokens, 64 keys), at the start and further on."""
-    torch.manual_seed(4)
-    sinks = shape.some_sinks()
-    cache = Cache(shape, sinks)
-    lengths, new = [0, 0, 1, 63, 64, 150], [5, 65, 31, 32, 33, 70]
     sequences = [Rows.random(shape, past + n) for past, n in zip(lengths, new, strict=True)]
     cut = [(i + 1, past, rows) for i, (past, rows) in enumerate(zip(lengths, sequences, strict=True))]
     with computed_by(way):
