@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from knative.images import BUILTIN
-from knative.kubelet import lineage
-from knative.kubelet.agent import Start, _import_all, _run_module
+from knative.kubelet.agent import Start, _import_all, _run_module, begin_anew
 
 _ROOT = Path(__file__).parents[1]
 _ORCHESTRATOR = BUILTIN["stagecraft/orchestrator"].preload
@@ -184,12 +183,7 @@ def _become(message: dict[str, Any], files: Sequence[int], server: int) -> NoRet
     """Turns this fork into the process that was asked for."""
     code = 1
     try:
-        signal.set_wakeup_fd(-1)
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(number, signal.SIG_DFL)
-        lineage.die_with_parent(signal.SIGKILL)
-        if os.getppid() != server:
-            os._exit(code)
+        begin_anew(server)
         above = max(message["fds"]) + 1
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD, above) for fd in files]
         os.closerange(3, min(moved))

@@ -214,13 +214,18 @@ def become(start: Start, agent: int) -> NoReturn:
         os._exit(code)
 
 
-def _detach(start: Start, agent: int) -> None:
+def begin_anew(parent: int) -> None:
+    """A fork takes signals as a new process does, and ends with the one that has forked it."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     lineage.die_with_parent(signal.SIGKILL)
-    if os.getppid() != agent:
+    if os.getppid() != parent:
         os._exit(CANNOT_START)
+
+
+def _detach(start: Start, agent: int) -> None:
+    begin_anew(agent)
     lineage.adopt_orphans()
     os.setsid()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

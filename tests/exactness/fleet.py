@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ HALVES = ["0:2", "2:4"]
 TIMEOUT_S = 60  # only reached by what would hang for ever
 
 
-class Door:
+class Door(ABC):
     """An HTTP server that passes events on. `lanes` counts the steps that came, by lane; `kinds` events by type."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
@@ -59,11 +60,13 @@ class Door:
             self.lanes[request.headers["ce-lane"]] += 1
         return await self._event(request, body)
 
+    @abstractmethod
     def _probe(self, request: web.Request) -> web.Response:
-        raise NotImplementedError
+        """The answer to a GET."""
 
+    @abstractmethod
     async def _event(self, request: web.Request, body: bytes) -> web.Response:
-        raise NotImplementedError
+        """The answer to an event."""
 
     async def _pass_on(self, url: str, request: web.Request, body: bytes) -> web.Response:
         async with self._session.post(url, data=body, headers=ours(request.headers)) as reply:
