@@ -60,9 +60,9 @@ class Door(ABC):
             self.lanes[request.headers["ce-lane"]] += 1
         return await self._event(request, body)
 
-    @abstractmethod
     def _probe(self, request: web.Request) -> web.Response:
-        """The answer to a GET."""
+        """The answer to a GET, which only replicas get."""
+        return web.Response(status=405)
 
     @abstractmethod
     async def _event(self, request: web.Request, body: bytes) -> web.Response:
