@@ -19,16 +19,18 @@
 #define LANES_TYPE(name) \
     typedef float name __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias))
 
-/* Whether the code for such processors can be compiled (PROCESSORS), and which one this is. */
+/* Whether code for the newer kinds of processors can be compiled. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PROCESSORS 1
-#define HAS_AVX512 \
-    (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && \
-     __builtin_cpu_supports("avx512bw"))
-#define HAS_AVX2 (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 #else
 #define PROCESSORS 0
 #endif
+
+/* Each kind can do what those before it can. */
+enum Processor { ANY, AVX2, AVX512 };
+
+enum Processor processor(void);         /* what this one is, as far as `use_at_most` allows */
+void use_at_most(enum Processor newest); /* not while a kernel runs */
 
 /* y = x W^T + bias, see packed_linear.c. */
 typedef struct {

@@ -15,6 +15,10 @@ from pathlib import Path
 import torch  # noqa: F401 (its OpenMP library comes first)
 
 NO_KERNELS = "STAGECRAFT_NO_KERNELS"
+PROCESSORS = ("default", "avx2", "avx512")
+"""The kinds that there is code for, each able to do what those before it can; names and order are torch's, which also
+keeps to the one that ATEN_CPU_CAPABILITY names."""
+
 _INT64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -32,6 +36,20 @@ def why_no_kernels() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def processor() -> str | None:
+    """The one of PROCESSORS that the library computes for; None where there is no library.
+
+    Sums of floats are taken in another order for each, so two replicas give the same bits where it is the same."""
+    library = kernels()
+    return None if library is None else PROCESSORS[library.processor()]
+
+
+def use_at_most(newest: str) -> None:
+    """From now on the library does without what only newer processors can."""
+    if (library := kernels()) is not None:
+        library.use_at_most(PROCESSORS.index(newest))
+
+
 @cache
 def _found() -> ctypes.CDLL | str:
     """The library, loaded once, or why there is none."""
@@ -42,9 +60,13 @@ def _found() -> ctypes.CDLL | str:
     try:
         # After torch: the libgomp.so.1 that its wheel brings is in memory by now, and the loader takes that one for
         # ours too. So the threads are the same, and an image without a libgomp of its own will do.
-        return _declared(ctypes.CDLL(str(path)))
+        library = _declared(ctypes.CDLL(str(path)))
     except OSError as error:
         return f"the kernels cannot be loaded: {error}"
+    newest = os.environ.get("ATEN_CPU_CAPABILITY")
+    if newest in PROCESSORS:
+        library.use_at_most(PROCESSORS.index(newest))
+    return library
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -55,7 +77,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     for pack in packers:
         pack.argtypes = [_POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_int32]
     library.rms_norm.argtypes = [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, ctypes.c_float]
+    library.processor.argtypes, library.processor.restype = [], ctypes.c_int
+    library.use_at_most.argtypes = [ctypes.c_int]
     called = (library.paged_attention, library.packed_linear, library.fused_blocks, library.rms_norm)
-    for function in (*called, *packers):
+    for function in (*called, *packers, library.use_at_most):
         function.restype = None
     return library

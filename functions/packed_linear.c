@@ -59,8 +59,8 @@ typedef void Panel(const Linear *l, int index, int64_t first, int64_t end);
 
 static Panel *best(int whole)
 {
-    if (HAS_AVX512) return whole ? whole_avx512 : floats_avx512;
-    if (HAS_AVX2) return whole ? whole_avx2 : floats_avx2;
+    if (processor() == AVX512) return whole ? whole_avx512 : floats_avx512;
+    if (processor() == AVX2) return whole ? whole_avx2 : floats_avx2;
     return whole ? whole_any : floats_any;
 }
 #else

@@ -96,8 +96,8 @@ void file_tile(const Pass *pass, const Attention *a, int tile)
 static Kind best(void)
 {
 #if PROCESSORS
-    if (HAS_AVX512) return (Kind){attend_avx512, attend_tile_avx512};
-    if (HAS_AVX2) return (Kind){attend_avx2, attend_tile_avx2};
+    if (processor() == AVX512) return (Kind){attend_avx512, attend_tile_avx512};
+    if (processor() == AVX2) return (Kind){attend_avx2, attend_tile_avx2};
 #endif
     return (Kind){attend_any, attend_tile_any};
 }

@@ -30,8 +30,8 @@
 const Rows *best_rows(void)
 {
 #if PROCESSORS
-    if (HAS_AVX512) return &rows_avx512;
-    if (HAS_AVX2) return &rows_avx2;
+    if (processor() == AVX512) return &rows_avx512;
+    if (processor() == AVX2) return &rows_avx2;
 #endif
     return &rows_any;
 }

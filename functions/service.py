@@ -31,6 +31,7 @@ from functions.contract.scoring import RESULT, SCORE, SPENT_PATH
 from functions.contract.seals import Seals
 from functions.cores import Cores
 from functions.handover import PIECES_BYTES_MAX, FetchFailed, adopt
+from functions.kernels import processor
 from functions.leases import Clock
 from functions.runner import load_runner
 from functions.score_events import Scorer
@@ -385,7 +386,7 @@ class StageService:
             seconds = time.perf_counter() - started_s
             metrics.LOAD_SECONDS.set(seconds)
             self._show_kv(stage)
-            log.info("ready", blocks=str(self.settings.blocks), load_s=round(seconds, 3))
+            log.info("ready", blocks=str(self.settings.blocks), load_s=round(seconds, 3), processor=processor())
             self._stage = stage
             _settle(loading, stage)
         except (CheckpointError, SettingsError, OSError, MemoryError, torch.OutOfMemoryError) as error:

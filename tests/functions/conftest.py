@@ -27,6 +27,7 @@ from functions.contract.spans import BlockSpan
 from functions.runner import Runner, load_runner
 from functions.stage import Stage
 from tests import warm
+from tests.functions import processors
 
 KV_BYTES_MAX = 1 << 20
 PLAN = "0123456789abcdef"
@@ -34,6 +35,13 @@ BODY_BYTES_MAX = 64 << 10
 WAIT_S = 240.0  # against hangs: on a busy machine a process may import torch for a minute
 
 Chunk = tuple[int, int, Sequence[int]]  # sequence, start, tokens
+
+
+@pytest.fixture(params=processors.KINDS)
+def processor(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One test for each kind of processor that this machine can stand in for."""
+    with processors.computed_as_on(request.param):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,22 +26,26 @@ from functions.attention import PackedPass, Unpackable, packed_attention
 from functions.contract.messages import KV_PAGE_TOKENS, Opening, Slice
 from functions.contract.sampling import SamplingParams
 from functions.kv_cache import KvPool, KvStore, RowShape
+from tests.functions import processors
 
 TOLERANCE = 1e-5
 OPENING = Opening(SamplingParams(), 1)
 CPU = torch.device("cpu")
 BUILT = paged_attention.why_torch(torch.float32, 8) is None
-WAYS = [
-    pytest.param("kernel", marks=pytest.mark.skipif(not BUILT, reason="the kernel is not built: no C compiler?")),
-    "torch",
-]
+needs_kernel = pytest.mark.skipif(not BUILT, reason="the kernel is not built: no C compiler?")
+TORCH = "torch"
+WAYS = [*(pytest.param(*kind.values, marks=[*kind.marks, needs_kernel]) for kind in processors.KINDS), TORCH]
 
 
 @contextmanager
 def computed_by(way: str) -> Iterator[None]:
-    """The kernel, or torch as on a machine without a compiler."""
-    with patch.dict(os.environ, {} if way == "kernel" else {kernels.NO_KERNELS: "1"}):
-        yield
+    """The kernel for a kind of processor, or torch as on a machine without a compiler."""
+    if way == TORCH:
+        with patch.dict(os.environ, {kernels.NO_KERNELS: "1"}):
+            yield
+    else:
+        with processors.computed_as_on(way):
+            yield
 
 
 @contextmanager
@@ -314,14 +318,12 @@ def test_scores_that_are_far_apart_or_huge_stay_finite(way: str) -> None:
 # -- the kernel
 
 
-needs_kernel = pytest.mark.skipif(not BUILT, reason="the kernel is not built: no C compiler?")
-
-
 def test_where_there_is_a_compiler_the_kernel_is_built() -> None:
     """Without this nobody would notice that all tests of it are left out."""
     assert BUILT or not shutil.which("gcc"), paged_attention.why_torch(torch.float32, 8)
 
 
+@pytest.mark.usefixtures("processor")
 @needs_kernel
 @pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
 def test_a_sequence_gets_the_same_bits_in_any_company_and_with_any_threads(shape: Shape) -> None:
@@ -355,6 +357,7 @@ def test_a_sequence_gets_the_same_bits_in_any_company_and_with_any_threads(shape
         assert torch.equal(results(count, before, after, together=True), alone), "and however its tokens are cut"
 
 
+@pytest.mark.usefixtures("processor")
 @needs_kernel
 @pytest.mark.parametrize("shape", KINDS.values(), ids=KINDS)
 def test_a_long_slice_too(shape: Shape) -> None:

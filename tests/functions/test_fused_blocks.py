@@ -127,6 +127,7 @@ class Filed:
 
 @pytest.mark.parametrize("span", ["0:4", "1:3"])
 @pytest.mark.parametrize("architecture", FUSED)
+@pytest.mark.usefixtures("processor")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
 @given(chunks=st.lists(st.lists(LENGTHS, min_size=1, max_size=3), min_size=1, max_size=4))
 def test_they_compute_what_the_modules_do(architecture: str, span: str, load: Load, chunks: list[list[int]]) -> None:
@@ -146,6 +147,7 @@ def test_they_compute_what_the_modules_do(architecture: str, span: str, load: Lo
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_sequence_gets_the_same_bits_in_any_company_and_with_any_threads(load: Load) -> None:
     runner = load("qwen3", "1:3")
 

@@ -57,6 +57,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("processor")
 @needs_kernel
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -93,6 +94,7 @@ def test_halves_are_computed_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, layer(states.float()).to(dtype))
 
 
+@pytest.mark.usefixtures("processor")
 @needs_kernel
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_row_gets_the_same_bits_in_any_company_and_from_any_number_of_threads(int8: bool) -> None:
@@ -109,6 +111,7 @@ def test_a_row_gets_the_same_bits_in_any_company_and_from_any_number_of_threads(
             assert torch.equal(panels.product(states[5:6]), together[5:6])
 
 
+@pytest.mark.usefixtures("processor")
 @needs_kernel
 @pytest.mark.parametrize("int8", [False, True])
 def test_many_rows_go_through_the_panels_in_blocks(int8: bool) -> None:

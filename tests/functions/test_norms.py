@@ -47,6 +47,7 @@ def seeded() -> Iterator[None]:
         yield
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 768])
 @pytest.mark.parametrize("plus", [0.0, 1.0])
 @pytest.mark.parametrize("eps", [1e-6, 1e-3])
@@ -67,6 +68,7 @@ def test_rows_need_not_lie_one_after_another() -> None:
         torch.testing.assert_close(fast(states), module(states), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_row_does_not_depend_on_its_company() -> None:
     fast = replaced(LikeRMSNorm(100))
     rows = torch.randn(9, 100)
