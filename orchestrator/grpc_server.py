@@ -12,19 +12,40 @@ from concurrent import futures
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
+from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc
-from kserve.protocol.grpc.interceptors import ExceptionToStatusInterceptor
 from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
 
 from functions.contract.watched_file import WatchedFile
 from orchestrator.api_keys import ApiKeys, is_open_call, refusal
+from orchestrator.choices import as_generation_error
 from orchestrator.idempotency import HEADER as KEY_HEADER
 from orchestrator.request_terms import Given, under
 
 CALLS_MAX = 1024  # at once
+# clients refuse trailing metadata of over 8 KiB and see RESOURCE_EXHAUSTED; a character may take 12 bytes there
+DETAILS_CHARACTERS_MAX = 600
 _METADATA_BYTES_MAX = 64 << 10
+_CODES = {
+    DecodeError: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    ModelNotReady: grpc.StatusCode.UNAVAILABLE,
+    NotImplementedError: grpc.StatusCode.UNIMPLEMENTED,
+}
+_CODES_OF_HTTP = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+Metadata = tuple[tuple[str, str], ...]
 
 
 class ApiKeyInterceptor(aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
@@ -45,6 +66,39 @@ class ApiKeyInterceptor(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ha
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
 
         return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+class StatusInterceptor(aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Each call that is not answered ends with a status that says what is wrong. KServe's own interceptor knows fewer
+    errors and never cuts details; and a message that cannot be read would be a fault of the server to grpc (UNKNOWN, a
+    trace in the log). All methods of the service take one message and answer with one."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # no such method
+            return None
+
+        async def answer(message: bytes, context: Any) -> Any:
+            try:
+                return await handler.unary_unary(handler.request_deserializer(message), context)
+            except Exception as error:
+                await context.abort(*_status(error))
+
+        return grpc.unary_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+
+
+def _status(error: Exception) -> tuple[grpc.StatusCode, str, Metadata]:
+    """Code, details and metadata."""
+    code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+    if code is not None:
+        return code, _cut(str(error)), ()
+    told = as_generation_error(error)
+    metadata = () if told.retry_after_s is None else (("retry-after", str(told.retry_after_s)),)
+    return _CODES_OF_HTTP.get(told.status, grpc.StatusCode.INTERNAL), _cut(str(told)), metadata
+
+
+def _cut(details: str) -> str:
+    return details if len(details) <= DETAILS_CHARACTERS_MAX else f"{details[: DETAILS_CHARACTERS_MAX - 3]}..."
 
 
 class TermedServicer(InferenceServicer):  # type: ignore[misc]  # kserve has no types
@@ -76,9 +130,14 @@ def bound_to(
 
     class BoundServer(GRPCServer):  # type: ignore[misc]  # kserve has no types
         async def start(self, max_workers: int) -> None:
+            await self.listen(max_workers)
+            await self._server.wait_for_termination()
+
+        async def listen(self, max_workers: int) -> int:
+            """The port, which the system has chosen where 0 was asked for."""
             self._server = aio.server(
                 futures.ThreadPoolExecutor(max_workers=max_workers),
-                interceptors=(*guards, ExceptionToStatusInterceptor()),
+                interceptors=(*guards, StatusInterceptor()),
                 options=[
                     ("grpc.max_receive_message_length", body_bytes_max),
                     ("grpc.absolute_max_metadata_size", _METADATA_BYTES_MAX),
@@ -87,8 +146,8 @@ def bound_to(
             )
             servicer = TermedServicer(self._data_plane, self._model_repository_extension, timeout_s=timeout_s)
             grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, self._server)
-            self._server.add_insecure_port(f"{address}:{self._port}")
+            port: int = self._server.add_insecure_port(f"{address}:{self._port}")
             await self._server.start()
-            await self._server.wait_for_termination()
+            return port
 
     return BoundServer

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import grpc
 import kserve
 import numpy as np
-from grpc_interceptor.exceptions import GrpcException
-from kserve.errors import InvalidInput, ModelNotReady
+from kserve.errors import ModelNotReady
 from kserve.protocol.infer_type import to_http_parameters
 
 from orchestrator.choices import Answer, Service, as_generation_error, collect
-from orchestrator.generation import GenerationError
 from orchestrator.openai_api import REPEATED_HEADER
 from orchestrator.openai_requests import CompletionRequest, Work, completion_work, invalid, parse_json, parse_request
 from orchestrator.request_terms import Terms, current_terms, seeded
@@ -27,28 +24,6 @@ _NOT_HERE = frozenset({"model", "n", "best_of", "stream", "stream_options", "ech
 _INPUTS = ("text_input", "input_ids")
 _OUTPUTS = ("text_output", "output_ids", "finish_reason")
 _FRACTIONS = frozenset(name for name, info in CompletionRequest.model_fields.items() if info.annotation is float)
-_GRPC_CODES = {
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-    422: grpc.StatusCode.INVALID_ARGUMENT,
-    503: grpc.StatusCode.UNAVAILABLE,
-    404: grpc.StatusCode.NOT_FOUND,
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-}
-
-
-class NotReady(ModelNotReady):  # type: ignore[misc]  # kserve has no types
-    """KServe's gRPC side reads `reason`, which its own class lacks (the status would be UNKNOWN)."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, "Its stages are still starting; try again in some seconds.")
-        self.reason = str(self)
-
-
-class GrpcError(GrpcException):
-    def __init__(self, error: GenerationError) -> None:
-        code = _GRPC_CODES.get(error.status, grpc.StatusCode.INTERNAL)
-        super().__init__(details=str(error), status_code=code)
 
 
 class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
@@ -63,7 +38,7 @@ class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
 
     def load(self) -> bool:
         """KServe calls this for a request (gRPC) while the model is not healthy: waiting is the client's business."""
-        raise NotReady(self.name)
+        raise ModelNotReady(self.name, "Its stages are still starting; try again in some seconds.")
 
     async def get_input_types(self) -> list[dict[str, Any]]:
         return [
@@ -81,7 +56,7 @@ class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
     async def predict(
         self, payload: Any, headers: dict[str, str] | None = None, response_headers: dict[str, str] | None = None
     ) -> Any:
-        over_grpc = isinstance(payload, kserve.InferRequest) and bool(payload.from_grpc)
+        """Raises GenerationError, which the servers of both protocols answer with a status of theirs."""
         try:
             terms = current_terms()
             tag = uuid.uuid4().hex if terms.key is None else terms.key.tag
@@ -92,7 +67,7 @@ class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
                 return await self._infer(payload, request_id, terms)
             return await self._predict_v1(payload, request_id, (headers or {}).get("content-type", ""), terms)
         except Exception as error:
-            _raise_for_kserve(as_generation_error(error), over_grpc=over_grpc)
+            raise as_generation_error(error) from None
 
     async def _predict_v1(self, payload: Any, request_id: str, content_type: str, terms: Terms) -> dict[str, Any]:
         if isinstance(payload, bytes) and content_type.lower().startswith("application/json"):
@@ -271,12 +246,3 @@ def _ids_output(answers: Sequence[Answer]) -> kserve.InferOutput:
     output = kserve.InferOutput("output_ids", list(ids.shape), "INT64")
     output.set_data_from_numpy(ids, binary_data=False)
     return output
-
-
-def _raise_for_kserve(error: GenerationError, *, over_grpc: bool) -> NoReturn:
-    """Over REST the server's handler of GenerationError answers with the error's own status."""
-    if over_grpc:
-        raise GrpcError(error) from None
-    if error.status == 400:
-        raise InvalidInput(str(error)) from None
-    raise error

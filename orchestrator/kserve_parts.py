@@ -50,12 +50,14 @@ class StagedDataPlane(DataPlane):  # type: ignore[misc]  # kserve has no types
 class FixedModels(ModelRepositoryExtension):  # type: ignore[misc]  # kserve has no types
     """The one model stays: loading it is nothing to do, unloading is refused."""
 
-    async def load(self, model_name: str) -> None:
+    async def load(self, model_name: str) -> dict[str, Any]:
+        """What KServe's gRPC side answers with; its REST side makes the same by itself."""
         self._check(model_name)
+        return {"name": model_name, "load": True}
 
     async def unload(self, model_name: str) -> None:
         self._check(model_name)
-        # KServe answers this exception with 501
+        # KServe's REST side answers this exception with 501
         raise NotImplementedError("the model cannot be unloaded by clients; stop the server instead")
 
     def _check(self, model_name: str) -> None:

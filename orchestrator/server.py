@@ -288,12 +288,9 @@ def quieten_kserve() -> None:
 
 
 def _is_our_fault(record: logging.LogRecord) -> bool:
-    from grpc_interceptor.exceptions import GrpcException
     from kserve.errors import InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady
 
-    expected = (
-        GenerationError, GrpcException, InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady, NotImplementedError
-    )  # fmt: skip
+    expected = (GenerationError, InvalidInput, ModelNotFound, ModelNotReady, ServerNotReady, NotImplementedError)
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, expected)
 

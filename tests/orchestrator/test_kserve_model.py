@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRequest
 from kserve.inference_client import RESTConfig
+from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
+from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
 from kserve.protocol.infer_type import RequestedOutput
 from tokenizers import Tokenizer
 
@@ -148,6 +150,78 @@ def test_grpc_errors_have_their_status(live_server: Any, request_: InferRequest,
     assert words in caught.value.details()
 
 
+def call_of_bytes(live_server: Any, method: str, message: bytes) -> Any:
+    with grpc.insecure_channel(live_server.grpc_url) as channel:
+        return channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(message)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("ServerLive", b"\xff"),
+        ("ModelReady", b"\x0a\x09toy"),  # longer than there is
+        ("ModelMetadata", b"\x0a\x03\xed\xa0\x80"),  # half a character
+        ("RepositoryModelLoad", b"\x0a\x01\xff"),
+        ("ModelInfer", b"\x0a\x03toy" + b"\x2a\x02\x2a" * 200),
+    ],
+)
+def test_a_message_that_cannot_be_read_is_a_mistake_of_the_client(
+    live_server: Any, method: str, message: bytes
+) -> None:
+    before = len(live_server.log.read_text())
+    with pytest.raises(grpc.RpcError) as caught:
+        call_of_bytes(live_server, method, message)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"inference.{method}Request" in caught.value.details()
+    assert "Traceback" not in live_server.log.read_text()[before:]
+
+
+def test_the_model_is_loaded_and_cannot_be_unloaded_over_grpc(live_server: Any) -> None:
+    with grpc.insecure_channel(live_server.grpc_url) as channel:
+        stub = GRPCInferenceServiceStub(channel)
+        assert stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="toy")).isLoaded
+        with pytest.raises(grpc.RpcError) as unknown:
+            stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="other"))
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.RpcError) as kept:
+            stub.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="toy"))
+        assert kept.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "cannot be unloaded" in kept.value.details()
+        assert stub.ModelReady(pb.ModelReadyRequest(name="toy")).ready
+
+
+@pytest.mark.parametrize("sign", ["a", "é", "🙂"])
+def test_what_is_long_is_told_cut_over_grpc(live_server: Any, sign: str) -> None:
+    """A client takes details of 8 KiB, in which most characters take three times their bytes."""
+    requests = [
+        InferRequest(sign * 5000, [InferInput("text_input", [1], "BYTES", data=["a"])]),
+        text_request("To be", **{sign * 5000: 1}),
+    ]
+    codes = []
+    for request in requests:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            over_grpc(live_server, request)
+        codes.append(caught.value.code())
+        assert caught.value.details().endswith(f"{sign}...")
+    assert codes == [grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT]
+
+
+def test_metadata_tell_when_to_come_back(live_server: Any) -> None:
+    request = InferRequest("toy", [InferInput("input_ids", [1, 1], "INT64", data=[BUSY])])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        over_grpc(live_server, request)
+    assert ("retry-after", "7") in list(caught.value.trailing_metadata())
+
+
+def test_a_fault_of_the_server_is_told_without_its_details_over_grpc(live_server: Any) -> None:
+    before = len(live_server.log.read_text())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        over_grpc(live_server, InferRequest("toy", [InferInput("input_ids", [1, 1], "INT64", data=[CRASHES])]))
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret detail" not in caught.value.details()
+    assert "secret detail" in live_server.log.read_text()[before:]
+
+
 def v2(name: str = "text_input", shape: Any = (1,), datatype: str = "BYTES", data: Any = ("a",), **more: Any) -> dict:
     return {"inputs": [{"name": name, "shape": list(shape), "datatype": datatype, "data": list(data)}], **more}
 
@@ -252,9 +326,6 @@ def test_metadata_and_readiness(live_server: Any) -> None:
 
 
 def test_metadata_over_grpc(live_server: Any) -> None:
-    from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
-    from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
-
     with grpc.insecure_channel(live_server.grpc_url) as channel:
         stub = GRPCInferenceServiceStub(channel)
         assert stub.ModelReady(pb.ModelReadyRequest(name="toy")).ready

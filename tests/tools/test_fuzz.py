@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from random import Random
 
+import grpc
 import pytest
+from google.protobuf.message import DecodeError
+from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 
 from tests.tools.bad_door import BadDoor
 from tools import fuzz
 from tools.fuzzing.campaign import Tally, Task, input_of, run
 from tools.fuzzing.catalogue import open_door
 from tools.fuzzing.door import Violation, judged
+from tools.fuzzing.grpc_door import refused
 from tools.fuzzing.mutations import INPUT_BYTES_MAX, dumped, hostile
+from tools.fuzzing.protobuf import mutated_message
 
 BAD_DOOR = f"{Path(__file__).with_name('bad_door.py')}:open_bad"
 
@@ -70,6 +76,16 @@ def test_no_input_is_longer_than_what_is_kept_of_it() -> None:
     assert all(len(dumped(hostile(Random(seed), large))) < INPUT_BYTES_MAX + 1000 for seed in range(200))
 
 
+def test_some_messages_made_bad_can_still_be_read() -> None:
+    good = pb.ModelMetadataRequest(name="tiny", version="1").SerializeToString()
+    readable = 0
+    for seed in range(300):
+        bad = mutated_message(Random(seed), good, [b"other"])
+        with contextlib.suppress(DecodeError):
+            readable += pb.ModelMetadataRequest.FromString(bad).SerializeToString() != good
+    assert 50 < readable < 250
+
+
 def test_memory_that_grows_is_a_failure() -> None:
     mib = 1 << 20
     leaking, steady = Tally("a"), Tally("b")
@@ -88,6 +104,26 @@ def test_what_no_reply_may_be(status: int, body: bytes, kind: str) -> None:
     with pytest.raises(Violation) as caught:
         judged(status, {}, body)
     assert caught.value.kind == kind
+
+
+def call_error(code: grpc.StatusCode, details: str, **trailing: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing.items()), details)
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "kind"),
+    [(grpc.StatusCode.INTERNAL, "", "5xx"), (grpc.StatusCode.UNKNOWN, "Unexpected <class 'KeyError'>", "5xx"),
+     (grpc.StatusCode.UNAVAILABLE, "later", "5xx"), (grpc.StatusCode.NOT_FOUND, 'File "a.py", line 3', "crash")],
+)  # fmt: skip
+def test_how_no_call_may_end(code: grpc.StatusCode, details: str, kind: str) -> None:
+    with pytest.raises(Violation) as caught:
+        refused(call_error(code, details))
+    assert caught.value.kind == kind
+
+
+def test_how_a_call_may_end() -> None:
+    assert refused(call_error(grpc.StatusCode.INVALID_ARGUMENT, "no")) == "refused"
+    assert refused(call_error(grpc.StatusCode.UNAVAILABLE, "later", **{"retry-after": "1"})) == "refused"
 
 
 def test_what_a_reply_may_be() -> None:

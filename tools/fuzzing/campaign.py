@@ -251,6 +251,7 @@ def silence() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.disable(logging.CRITICAL)
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _trace_of(process: Any, folder: Path) -> str:

@@ -37,6 +37,18 @@ def _public(folder: Path) -> Door:
     return PublicDoor(_tiny(folder))
 
 
+def _grpc(folder: Path) -> Door:
+    import torch
+
+    from orchestrator.server import bare_argv
+
+    with bare_argv():
+        from tools.fuzzing.grpc_door import GrpcDoor
+
+    torch.set_num_threads(1)
+    return GrpcDoor(_tiny(folder), folder / "keys")
+
+
 def _results(folder: Path) -> Door:
     from tools.fuzzing.http_doors import ResultsDoor
 
@@ -88,6 +100,7 @@ DOORS: Mapping[str, Entry] = {
     "stage-events": Entry("events to two stages in this process", 100, _stage_events),
     "stage-replies": Entry("replies of stages, read by the orchestrator's client over a socket", 100, _replies),
     "public": Entry("OpenAI, V1, V2, generate and events of the orchestrator, over two stages", 30, _public),
+    "grpc": Entry("KServe's gRPC service of the orchestrator, over two stages", 30, _grpc),
     "results": Entry("the results service of batches", 50, _results),
     "broker-events": Entry("CloudEvents in binary, structured and batched mode", 300, _broker),
     "filters": Entry("filters of Triggers, CESQL among them", 150, _function("filter_door")),

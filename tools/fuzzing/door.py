@@ -44,10 +44,15 @@ def judged(status: int, headers: Mapping[str, str], body: bytes, *, allowed: fro
 
     A door may say that it is busy or starting (503 with Retry-After); every other 5xx that is not in `allowed` is a
     fault of the server, which no input may cause."""
-    if match := _TRACE.search(body):
-        raise Violation("crash", f"the reply shows a trace: {body[max(0, match.start() - 80) : match.end() + 80]!r}")
+    expect_no_trace(body)
     if status >= 500 and status not in allowed and not (status == 503 and "retry-after" in headers):
         raise Violation("5xx", f"answered {status}: {body[:300]!r}")
     if status < 200:
         raise Violation("crash", f"answered status {status}")
     return "accepted" if status < 400 else "refused"
+
+
+def expect_no_trace(reply: bytes) -> None:
+    """Raises Violation."""
+    if match := _TRACE.search(reply):
+        raise Violation("crash", f"the reply shows a trace: {reply[max(0, match.start() - 80) : match.end() + 80]!r}")

@@ -1,40 +1,32 @@
 """The public endpoints of the orchestrator, over a chain of two real stages, and the results service of batches.
 
-Applications are asked without a socket; the chain asks its stages, which are served in the same event loop, by HTTP.
+Applications are asked without a socket.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import uvicorn
-
-from functions.service import StageService
-from functions.settings import StageSettings
 from orchestrator.batches.events import CANCEL, REQUEST, RESULT
 from orchestrator.batches.group_commit import GroupCommit
 from orchestrator.batches.results_api import results_app
 from orchestrator.batches.results_store import ResultsStore
-from orchestrator.chain import Chain
 from orchestrator.choices import Service
 from orchestrator.events_api import EventsDoor
 from orchestrator.server import bare_argv, prepare_app, quieten_kserve
-from orchestrator.tokenizer import load_tokenizer
 from tools.fuzzing.asgi import App, Reply, ask
 from tools.fuzzing.door import Verdict, Violation, judged
 from tools.fuzzing.http_text import Request, mutated_request
 from tools.fuzzing.mutations import TEXTS, mutated, mutated_json
-from tools.fuzzing.stage_doors import PLAN, SPANS, app_of
+from tools.fuzzing.served_chain import ServedChain
 from tools.fuzzing.tiny_model import NAME
 
 BODY_BYTES_MAX = 256 << 10
@@ -85,17 +77,16 @@ class PublicDoor:
     name = "public"
 
     def __init__(self, checkpoint: Path) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._failures: list[str] = []
-        self._loop.set_exception_handler(lambda loop, context: self._failures.append(str(context)))
+        self._chain = ServedChain(checkpoint)
+        self._events = EventsDoor(self._chain.service)
+        self._chain.run(self._events.start())
+        self.app = _orchestrator_app(self._chain.service, self._events)
         self._good = _public_requests()
-        self.app: App
-        self._loop.run_until_complete(self._open(checkpoint))
         self._control = Request.json(
             f"{_OPENAI}/completions",
             json.dumps({"model": NAME, "prompt": "To be", "max_tokens": 12, "temperature": 0}).encode(),
         )
-        self._right = self._loop.run_until_complete(self._text())
+        self._right = self._chain.run(self._text())
 
     def make(self, random: Random) -> bytes:
         request = random.choice(self._good)
@@ -111,105 +102,21 @@ class PublicDoor:
         return (mutated_request(random, changed, _HEADERS) if kind == 2 else changed).to_bytes()
 
     def take(self, data: bytes) -> Verdict:
-        reply = self._loop.run_until_complete(ask(self.app, Request.from_bytes(data)))
-        self._expect_no_failure()
+        reply = self._chain.run(ask(self.app, Request.from_bytes(data)))
         return "refused" if reply is None else judged(reply.status, reply.headers, reply.body, allowed=_NOT_IMPLEMENTED)
 
     def check(self) -> None:
-        self._loop.run_until_complete(self._check())
-        self._expect_no_failure()
+        self._chain.check(self._text(), self._right)
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._close())
-        self._loop.close()
-
-    async def _check(self) -> None:
-        text = await self._text()
-        if text != self._right:
-            raise Violation("harm", f"the control's text is {text!r}, not {self._right!r}")
-        for _ in range(200):  # sequences are freed behind the back of their requests
-            if not any(len(service._stage.kv) for service in self._services if service._stage):
-                return
-            await asyncio.sleep(0.02)
-        raise Violation("harm", "stages hold sequences that no request has any more")
+        self._chain.run(self._events.close())
+        self._chain.close()
 
     async def _text(self) -> str:
         reply = await ask(self.app, self._control)
         if reply is None or reply.status != 200:
             raise Violation("harm", f"the control was answered {reply}")
         return str(json.loads(reply.body)["choices"][0]["text"])
-
-    def _expect_no_failure(self) -> None:
-        if self._failures:
-            raise Violation("crash", f"left to the event loop: {self._failures.pop()}")
-
-    async def _open(self, checkpoint: Path) -> None:
-        self._services = [_stage(checkpoint, index) for index in range(len(SPANS))]
-        self._servers, urls = [], []
-        for service in self._services:
-            listener = socket.create_server(("127.0.0.1", 0))
-            urls.append(f"http://127.0.0.1:{listener.getsockname()[1]}")
-            self._servers.append(await serve(app_of(service), listener))
-        self._chain = Chain(PLAN, urls)
-        await self._chain.start()
-        service = Service(
-            self._chain,
-            load_tokenizer(str(checkpoint)),
-            name=NAME,
-            requests_max=64,
-            batch_requests_max=16,
-            choices_max=8,
-        )
-        self._events = EventsDoor(service)
-        await self._events.start()
-        self.app = _orchestrator_app(service, self._events)
-
-    async def _close(self) -> None:
-        await self._events.close()
-        await self._chain.close()
-        for server in self._servers:
-            await server.stop()
-        for service in self._services:
-            service.stop()
-        await self._loop.shutdown_default_executor()
-
-
-class Served:
-    """A uvicorn server in the running event loop; it leaves the signals of the process alone."""
-
-    def __init__(self, app: App, listener: socket.socket) -> None:
-        self._server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, loop="none"))
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
-
-    async def started(self) -> None:
-        while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
-            await asyncio.sleep(0.01)
-
-    async def stop(self) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def serve(app: App, listener: socket.socket) -> Served:
-    served = Served(app, listener)
-    await served.started()
-    return served
-
-
-def _stage(checkpoint: Path, index: int) -> StageService:
-    return StageService(
-        StageSettings(
-            model=str(checkpoint), model_name=NAME, blocks=SPANS[index], index=index, count=len(SPANS), plan=PLAN,
-            kv_bytes_max=1 << 20, threads=1,
-        )
-    )  # fmt: skip
 
 
 def _orchestrator_app(service: Service, events: EventsDoor) -> App:
