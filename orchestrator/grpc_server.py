@@ -117,7 +117,7 @@ class TermedServicer(InferenceServicer):  # type: ignore[misc]  # kserve has no 
         for name, value in context.invocation_metadata() or ():
             headers.setdefault(name, []).append(value if isinstance(value, str) else value.hex())
         body = request.SerializeToString(deterministic=True) if KEY_HEADER in headers else b""
-        lefts_s = [left_s for left_s in (context.time_remaining(), self._timeout_s) if left_s]
+        lefts_s = [left_s for left_s in (context.time_remaining(), self._timeout_s or None) if left_s is not None]
         return Given("ModelInfer", headers, body, time.monotonic(), min(lefts_s, default=None))
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import kserve
 import numpy as np
-from kserve.errors import ModelNotReady
 from kserve.protocol.infer_type import to_http_parameters
 
 from orchestrator.choices import Answer, Service, as_generation_error, collect
@@ -38,7 +37,8 @@ class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
 
     def load(self) -> bool:
         """KServe calls this for a request (gRPC) while the model is not healthy: waiting is the client's business."""
-        raise ModelNotReady(self.name, "Its stages are still starting; try again in some seconds.")
+        self._service.check_ready()
+        return True  # it has become ready in this moment
 
     async def get_input_types(self) -> list[dict[str, Any]]:
         return [

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -38,6 +39,7 @@ class LiveServer:
     grpc_url: str
     log: Path
     before_ready: dict[str, int] = field(default_factory=dict)
+    grpc_before_ready: Any = None  # the error of a call
 
     @property
     def openai_url(self) -> str:
@@ -134,12 +136,23 @@ def live_server(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             "v2 generate": httpx.post(f"{server.url}/v2/models/toy/generate", json={"text_input": "a"}).status_code,
             "openai": httpx.post(f"{server.openai_url}/completions", json=body).status_code,
         }
+        server.grpc_before_ready = _refusal_over_grpc(server)
         gate.touch()
         _wait_for(server, "/v2/models/toy/ready")
         yield server
     finally:
         process.terminate()
         process.wait(30)
+
+
+def _refusal_over_grpc(server: LiveServer) -> Any:
+    import grpc
+    from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
+    from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceStub
+
+    with grpc.insecure_channel(server.grpc_url) as channel, pytest.raises(grpc.RpcError) as caught:
+        GRPCInferenceServiceStub(channel).ModelInfer(pb.ModelInferRequest(model_name="toy"))
+    return caught.value
 
 
 def free_port() -> int:

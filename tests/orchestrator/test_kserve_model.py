@@ -337,6 +337,8 @@ def test_metadata_over_grpc(live_server: Any) -> None:
 
 def test_before_the_stages_are_up_probes_and_calls_say_503(live_server: Any) -> None:
     assert set(live_server.before_ready.values()) == {503}, live_server.before_ready
+    assert live_server.grpc_before_ready.code() is grpc.StatusCode.UNAVAILABLE
+    assert ("retry-after", "2") in list(live_server.grpc_before_ready.trailing_metadata())
 
 
 def test_a_v1_client_that_leaves_frees_its_sequence(live_server: Any) -> None:
