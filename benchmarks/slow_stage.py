@@ -8,27 +8,33 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from functions.__main__ import main
-from functions.contract.messages import Samples, Step
-from functions.stage import Stage
+if TYPE_CHECKING:
+    from functions.contract.messages import Step
+    from functions.stage import Outcome, Stage
 
 STEP_MS = "BENCH_STEP_MS"
 
 
 def pad_steps(step_s: float) -> None:
-    """From now on every step of this process takes `step_s` seconds, or as long as it takes to compute."""
-    compute = Stage.step
+    """From now on every pass of this process takes `step_s` seconds, or as long as it takes to compute."""
+    from functions.stage import Stage  # which brings torch
 
-    def padded(stage: Stage, step: Step) -> Step | Samples:
+    compute = Stage.steps
+
+    def padded(stage: Stage, steps: Sequence[Step]) -> list[Outcome]:
         ends_s = time.monotonic() + step_s
-        answer = compute(stage, step)
+        outcomes = compute(stage, steps)
         time.sleep(max(0.0, ends_s - time.monotonic()))
-        return answer
+        return outcomes
 
-    Stage.step = padded  # type: ignore[method-assign, assignment]  # the product has no knob for it
+    Stage.steps = padded  # type: ignore[method-assign]  # the product has no knob for it
 
 
 if __name__ == "__main__":
+    from functions.__main__ import main
+
     pad_steps(float(os.environ[STEP_MS]) / 1e3)
     sys.exit(main())

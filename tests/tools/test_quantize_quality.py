@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
-from tools.quantize_quality import common
+from tools.quantize_quality import common, main
 
 TOOL = Path(__file__).parents[2] / "tools" / "quantize_quality.py"
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_each_kind_is_beside_float32(tiny_checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("The quality of mercy is not strained. " * 10)
     small = ["--window", 64, "--windows", 3, "--continuations", 2, "--prompt", 8, "--new-tokens", 5]
-    done = run(tiny_checkpoint, "--text", text, *small, "--json")
+    command = [sys.executable, TOOL, tiny_checkpoint, "--text", text, *small, "--json"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     reference, int8 = found[:2]
@@ -34,12 +32,22 @@ def test_each_kind_is_beside_float32(tiny_checkpoint: Path, tmp_path: Path) -> N
     assert all(0 <= one["prefix"] <= 5 for one in found)
 
 
-def test_a_text_that_is_too_short_is_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def own_log() -> Iterator[None]:
+    """The tool says where log lines go; afterwards they go where they went."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("own_log")
+def test_a_text_that_is_too_short_is_told(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "text"
     text.write_text("Short.")
-    done = run(tiny_checkpoint, "--text", text)
-    assert done.returncode == 1
-    assert "--window 512 must be at least --prompt 32, and at most the 6 tokens of" in done.stderr
+    assert main([str(tiny_checkpoint), "--text", str(text)]) == 1
+    assert "--window 512 must be at least --prompt 32, and at most the 6 tokens of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("ours", "length"), [([1, 2, 3], 3), ([1, 2, 4], 2), ([4, 2, 3], 0)])

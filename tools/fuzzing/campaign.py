@@ -251,6 +251,7 @@ def silence() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.disable(logging.CRITICAL)
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ["RUST_BACKTRACE"] = "0"  # a panic in tokenizers would read debug symbols, 50 MiB, and print fifty lines
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
