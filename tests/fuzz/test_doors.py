@@ -18,6 +18,7 @@ from tools.fuzzing.http_text import Request
 EXAMPLES = {
     "stage-events": 150, "stage-replies": 150, "public": 60, "results": 60, "broker-events": 300, "filters": 300,
     "batch-lines": 300, "plans": 60, "manifests": 60, "settings": 60, "checkpoints": 30,
+    "proxies": 150,
 }  # fmt: skip
 
 

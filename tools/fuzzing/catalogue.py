@@ -55,6 +55,12 @@ def _replies(folder: Path) -> Door:
     return ReplyDoor()
 
 
+def _proxies(folder: Path) -> Door:
+    from tools.fuzzing.proxy_door import ProxyDoor
+
+    return ProxyDoor()
+
+
 def _checkpoints(folder: Path) -> Door:
     from tools.fuzzing.checkpoint_doors import CheckpointDoor
 
@@ -90,6 +96,7 @@ DOORS: Mapping[str, Entry] = {
     "public": Entry("OpenAI, V1, V2, generate and events of the orchestrator, over two stages", 30, _public),
     "results": Entry("the results service of batches", 50, _results),
     "broker-events": Entry("CloudEvents in binary, structured and batched mode", 300, _broker),
+    "proxies": Entry("raw bytes to ingress, queue-proxies and uvicorn, with replicas behind them", 50, _proxies),
     "filters": Entry("filters of Triggers, CESQL among them", 150, _function("filter_door")),
     "batch-lines": Entry("lines of batches, in and out", 200, _function("line_door")),
     "plans": Entry("plan files", 15, _function("plan_door")),

@@ -9,15 +9,12 @@ import asyncio
 import json
 import socket
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
 from random import Random
 from typing import Any
-
-import uvicorn
 
 from functions.service import StageService
 from functions.settings import StageSettings
@@ -34,6 +31,7 @@ from tools.fuzzing.asgi import App, Reply, ask
 from tools.fuzzing.door import Verdict, Violation, judged
 from tools.fuzzing.http_text import Request, mutated_request
 from tools.fuzzing.mutations import TEXTS, mutated, mutated_json
+from tools.fuzzing.served import serve
 from tools.fuzzing.stage_doors import PLAN, SPANS, app_of
 from tools.fuzzing.tiny_model import NAME
 
@@ -172,35 +170,6 @@ class PublicDoor:
         for service in self._services:
             service.stop()
         await self._loop.shutdown_default_executor()
-
-
-class Served:
-    """A uvicorn server in the running event loop; it leaves the signals of the process alone."""
-
-    def __init__(self, app: App, listener: socket.socket) -> None:
-        self._server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, loop="none"))
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
-
-    async def started(self) -> None:
-        while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
-            await asyncio.sleep(0.01)
-
-    async def stop(self) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def serve(app: App, listener: socket.socket) -> Served:
-    served = Served(app, listener)
-    await served.started()
-    return served
 
 
 def _stage(checkpoint: Path, index: int) -> StageService:
