@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tools.fuzzing.campaign import Finding, Tally, Task, input_of, replay, run, silence
-from tools.fuzzing.catalogue import DOORS, is_door, open_door
+from tools.fuzzing.catalogue import DOORS, is_door, kept_mib, open_door
 
 _MIB = 1 << 20
 _COLUMNS = ("door", "inputs", "inputs/s", "refused", "accepted", "5xx", "crashes", "harm", "hangs", "slowest, CPU s",
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(tallies))
     for finding in (finding for tally in tallies for finding in tally.findings):
         _keep(finding, options.failures, options.seed)
-    bad = [problem for tally in tallies for problem in problems(tally, options.growth_mib * _MIB)]
+    bad = [
+        problem for tally in tallies for problem in problems(tally, (options.growth_mib + kept_mib(tally.door)) * _MIB)
+    ]
     print("\n".join(bad), file=sys.stderr)
     return 1 if bad else 0
 

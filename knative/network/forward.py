@@ -45,10 +45,10 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _FORWARDED_FOR = istr("X-Forwarded-For")
 
 
-def relay_session() -> aiohttp.ClientSession:
+def relay_session(connector: aiohttp.BaseConnector | None = None) -> aiohttp.ClientSession:
     """A client session that changes nothing of what it relays. Whoever makes it closes it."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+        connector=connector or aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=(hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE, hdrs.USER_AGENT),
@@ -64,19 +64,29 @@ def end_to_end(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     kept = CIMultiDict(headers)
     if hdrs.CONNECTION in kept:
         for named in ",".join(kept.getall(hdrs.CONNECTION)).split(","):
-            kept.popall(named.strip(), None)
+            if named.strip().lower() != "host":  # no request is whole without it
+                kept.popall(named.strip(), None)
     for name in _HOP_BY_HOP:
         kept.popall(name, None)
     return kept
 
 
 def request_headers(request: web.BaseRequest) -> CIMultiDict[str]:
-    """What the replica gets to see: the end-to-end headers, and the client's address in X-Forwarded-For."""
-    headers = end_to_end(request.headers)
+    """What the replica gets to see: the end-to-end headers, and the client's address in X-Forwarded-For. The host of
+    an absolute target takes the place of the Host header (RFC 9112, 3.2.2)."""
+    headers = _spelt_alike(end_to_end(request.headers))
+    if is_absolute(request.raw_path):
+        headers[hdrs.HOST] = split_target(request.raw_path)[0]
     headers.popall(hdrs.EXPECT, None)  # answered here
     if request.remote:
         headers[_FORWARDED_FOR] = ", ".join((*headers.getall(_FORWARDED_FOR, ()), request.remote))
     return headers
+
+
+def _spelt_alike(headers: CIMultiDict[str]) -> CIMultiDict[str]:
+    """Repeated names as the first of them is written: of X-A and X-a aiohttp's client sends only the last."""
+    spelling: dict[str, str] = {}
+    return CIMultiDict((spelling.setdefault(name.lower(), name), value) for name, value in headers.items())
 
 
 async def forward(
@@ -107,8 +117,23 @@ async def forward(
         upstream.close()  # nothing to do after a whole response
 
 
+def is_absolute(target: str) -> bool:
+    """Whether a target names a server, too: what clients send to a proxy."""
+    return not target.startswith(("/", "*"))
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """Authority and path of an absolute target, as raw as they came."""
+    authority, slash, path = target.partition("://")[2].partition("/")
+    if slash:
+        return authority, slash + path
+    authority, mark, query = authority.partition("?")
+    return authority, "/" + mark + query
+
+
 def _target(request: web.BaseRequest) -> str:
-    return request.get(TARGET) or request.raw_path
+    target = request.get(TARGET) or request.raw_path
+    return split_target(target)[1] if is_absolute(target) else target
 
 
 async def _request_body(request: web.BaseRequest, headers: CIMultiDict[str]) -> bytes | AsyncIterator[bytes] | None:

@@ -22,7 +22,7 @@ import aiohttp
 from aiohttp import hdrs, web
 from multidict import istr
 
-from knative.network.forward import TARGET, forward, request_headers
+from knative.network.forward import TARGET, forward, is_absolute, request_headers, split_target
 from knative.network.listener import Listener
 
 _TAG = istr("Knative-Serving-Tag")
@@ -107,9 +107,9 @@ class Ingress:
         """The route of a request; sets the target that its replica gets."""
         target = request.raw_path
         host = request.headers.get(hdrs.HOST, "")
-        absolute = not target.startswith(("/", "*"))
+        absolute = is_absolute(target)
         if absolute:
-            host, target = _split(target)
+            host, target = split_target(target)
             request[TARGET] = target
         name = _name(host)
         route = self._tagged(name, request)
@@ -122,7 +122,7 @@ class Ingress:
         target = request.raw_path
         if not target.lower().startswith("http://") or not _is_loopback(request.remote):
             return ""
-        host, _ = _split(target)
+        host, _ = split_target(target)
         return "" if self._is_own(host) or _is_service_name(_name(host)) else host
 
     def _is_own(self, host: str) -> bool:
@@ -167,15 +167,6 @@ def _shown(request: web.BaseRequest) -> str:
     if request.raw_path.startswith("/"):
         return request.headers.get(hdrs.HOST, "") + request.raw_path
     return request.raw_path
-
-
-def _split(target: str) -> tuple[str, str]:
-    """Authority and path of an absolute request target, as raw as they came."""
-    authority, slash, path = target.partition("://")[2].partition("/")
-    if slash:
-        return authority, slash + path
-    authority, mark, query = authority.partition("?")
-    return authority, "/" + mark + query
 
 
 def _name(host: str) -> str:

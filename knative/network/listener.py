@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable
 
-from aiohttp import hdrs, web
-from aiohttp.http import HttpProcessingError
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import HttpProcessingError, RawRequestMessage
+from yarl import URL
 
 from knative.errors import Unavailable
 
@@ -16,6 +20,10 @@ HEADER_BYTES_MAX = 64 * 1024  # of one header line, and of the request line
 HEADERS_MAX = 1000
 _BACKLOG = 1024  # connections; a burst at zero comes all at once
 _CLOSE_S = 0.5  # for running exchanges to send the end of their answer
+
+# an absolute target has a host, and no user in front of it (RFC 9110, 4.2.4)
+_TARGET = re.compile(r"/|\*$|https?://[^/?#@\\]+([/?]|$)", re.IGNORECASE)
+_NO_UTF8 = re.compile("[\ud800-\udfff]")  # surrogates stand for such bytes; aiohttp's client leaves them out
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -45,6 +53,7 @@ class Listener:
             handler_cancellation=True,
             access_log=None,
             logger=_LOG,
+            request_factory=_request,
             auto_decompress=False,
             max_line_size=HEADER_BYTES_MAX,
             max_field_size=HEADER_BYTES_MAX,
@@ -73,6 +82,22 @@ class Listener:
         return await self._handler(request) if refused is None else refused
 
 
+def _request(
+    message: RawRequestMessage,
+    payload: StreamReader,
+    protocol: web.RequestHandler,
+    writer: AbstractStreamWriter,
+    task: asyncio.Task[None],
+) -> web.BaseRequest:
+    """aiohttp's own, also for hosts that are no IDNA (http://xn--a/): with no target, which is then refused."""
+    loop = asyncio.get_running_loop()
+    try:
+        return web.BaseRequest(message, payload, protocol, writer, task, loop)
+    except ValueError:  # which aiohttp would not catch: the connection would be left without an answer, and open
+        message = message._replace(path="", url=URL())
+        return web.BaseRequest(message, payload, protocol, writer, task, loop)
+
+
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -85,8 +110,17 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _refusal(request: web.BaseRequest) -> web.Response | None:
-    """The answer to requests that one HTTP/1.1 exchange cannot carry, None for all others."""
+    """The answer to requests that one HTTP/1.1 exchange cannot carry, or that a server behind may read in another way
+    than this one; None for all others."""
     headers = request.headers
+    if request.version not in (HttpVersion10, HttpVersion11):
+        return web.Response(status=505, text="only HTTP/1.0 and HTTP/1.1 are spoken here\n")
+    complaint = _complaint(request)
+    if complaint:
+        return web.Response(status=400, text=f"{complaint}\n")
+    codings = ", ".join(headers.getall(hdrs.TRANSFER_ENCODING, ()))
+    if codings and codings.lower() != "chunked":
+        return web.Response(status=501, text=f"Transfer-Encoding: {codings} is not supported; chunked is\n")
     if hdrs.UPGRADE in headers and headers[hdrs.UPGRADE].lower() in ("websocket", "tcp"):
         return web.Response(
             status=501,
@@ -102,3 +136,16 @@ def _refusal(request: web.BaseRequest) -> web.Response | None:
     if hdrs.EXPECT in headers and headers[hdrs.EXPECT].lower() != "100-continue":
         return web.Response(status=417, text=f"Expect: {headers[hdrs.EXPECT]} is unknown; 100-continue is known\n")
     return None
+
+
+def _complaint(request: web.BaseRequest) -> str:
+    """What is wrong with a request that aiohttp lets through and cannot pass on as it is; "" if nothing."""
+    headers = request.headers
+    if request.method != hdrs.METH_CONNECT and not _TARGET.match(request.raw_path):
+        return "the request target must be a path, * or http://HOST/PATH"
+    for name, value in headers.items():
+        if _NO_UTF8.search(value):
+            return f"the header {name} has bytes that are no UTF-8"
+    if hdrs.TRANSFER_ENCODING in headers and request.version < HttpVersion11:
+        return "HTTP/1.0 has no Transfer-Encoding"
+    return ""

@@ -16,8 +16,9 @@ from tools.fuzzing.http_text import Request
 
 # how many of each; those that load or compute something get fewer. Not here: stage-loading, half a second an input
 EXAMPLES = {
-    "stage-events": 150, "stage-replies": 150, "public": 60, "grpc": 60, "results": 60, "broker-events": 300,
-    "filters": 300, "batch-lines": 300, "plans": 60, "manifests": 60, "settings": 60, "checkpoints": 30,
+    "stage-events": 150, "stage-replies": 150, "public": 60, "grpc": 60, "proxies": 150, "results": 60,
+    "broker-events": 300, "filters": 300, "batch-lines": 300, "plans": 60, "manifests": 60, "settings": 60,
+    "checkpoints": 30,
 }  # fmt: skip
 
 

@@ -226,22 +226,23 @@ def test_a_file_without_usable_keys_is_refused(tmp_path: Path, text: str) -> Non
 # --- limits of the HTTP server, with an application that reads what comes
 
 
+async def _count(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the number of bytes that it was sent."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+    body = str(size).encode()
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
 @asynccontextmanager
-async def limited(limits: HttpLimits) -> AsyncIterator[int]:
-    """The port of a server under `limits` that answers with the number of bytes it was sent."""
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-        body = str(size).encode()
-        headers = [(b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
+async def limited(limits: HttpLimits, app: Any = _count) -> AsyncIterator[int]:
+    """The port of a server under `limits`."""
     config = uvicorn.Config(app, http=limited_protocol(limits), lifespan="off", log_level="critical")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -311,6 +312,65 @@ async def test_the_second_request_of_a_connection_is_not_waited_for_either() -> 
         answer = await _answer(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHo")
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"HTTP/1.1 408" in answer
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"a%d: b\r\n" % n for n in range(30)) + b"\r\n",
+        b"no HTTP at all",
+        b"GET / HTTP/1.1\r\n" + b"x" * 5000,
+    ],
+    ids=["many headers", "nonsense", "long"],
+)
+async def test_a_refusal_is_never_taken_for_the_answer_to_an_earlier_request(second: bytes) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nab"
+    async with limited(HttpLimits(header_bytes_max=4096, headers_max=20)) as port:
+        assert await _answer(port, head + second) == b""  # the answer to the first was not there yet
+
+
+async def test_a_request_that_runs_learns_that_its_client_has_gone_with_another_one_behind_it() -> None:
+    begun, gone = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    async with limited(HttpLimits(), app) as port, asyncio.timeout(60):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        await begun.wait()
+        writer.close()
+        await gone.wait()
+
+
+async def test_what_is_no_http_is_refused_in_words() -> None:
+    async with limited(HttpLimits()) as port:
+        answer = await _answer(port, b"no HTTP at all\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"] == "Invalid HTTP request received."
+
+
+@pytest.mark.parametrize("upgrade", [b"websocket", b"h2c"])
+async def test_an_upgrade_is_answered_as_any_request_and_ends_the_connection(upgrade: bytes) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: %b\r\n" % upgrade
+    async with limited(HttpLimits()) as port:
+        answer = await _answer(port, head + b"\r\nleft out")
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.endswith(b"\r\n\r\n0")
+        # httptools would leave the body out
+        assert (await _answer(port, head + b"Content-Length: 2\r\n\r\nab")).startswith(b"HTTP/1.1 501")
+
+
+async def test_trailers_are_bounded_as_headers_are() -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n" + CLOSE + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+    async with limited(HttpLimits(header_bytes_max=4096)) as port:
+        assert (await _answer(port, head, b"a: b\r\n\r\n")).endswith(b"\r\n\r\n3")
+        endless = await _answer(port, head + b"a: ", *[b"v" * 1000] * 6)
+    assert endless.startswith(b"HTTP/1.1 431")
 
 
 async def test_connections_are_bounded_and_come_free_again() -> None:

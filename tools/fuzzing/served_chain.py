@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
-
-import uvicorn
 
 from functions.service import StageService
 from functions.settings import StageSettings
 from orchestrator.chain import Chain
 from orchestrator.choices import Service
 from orchestrator.tokenizer import load_tokenizer
-from tools.fuzzing.asgi import App
 from tools.fuzzing.door import Violation
+from tools.fuzzing.served import listening, serve
 from tools.fuzzing.stage_doors import PLAN, SPANS, app_of
 from tools.fuzzing.tiny_model import NAME
 
@@ -63,9 +59,9 @@ class ServedChain:
         self._stages = [_stage(checkpoint, index) for index in range(len(SPANS))]
         self._servers, urls = [], []
         for stage in self._stages:
-            listener = _listener()
+            listener = listening()
             urls.append(f"http://127.0.0.1:{listener.getsockname()[1]}")
-            self._servers.append(await _serve(app_of(stage), listener))
+            self._servers.append(await serve(app_of(stage), listener))
         self._chain = Chain(PLAN, urls)
         await self._chain.start()
         self.service = Service(
@@ -84,43 +80,6 @@ class ServedChain:
         for stage in self._stages:
             stage.stop()
         await self._loop.shutdown_default_executor()
-
-
-class _Served:
-    """A uvicorn server in the running event loop; it leaves the signals of the process alone."""
-
-    def __init__(self, app: App, listener: socket.socket) -> None:
-        self._server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, loop="none"))
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
-
-    async def started(self) -> None:
-        while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
-            await asyncio.sleep(0.01)
-
-    async def stop(self) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._task
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _listener() -> socket.socket:
-    """asyncio sets TCP_NODELAY where the protocol is named; without it a hop waits 40 ms for an acknowledgement."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    return listener
-
-
-async def _serve(app: App, listener: socket.socket) -> _Served:
-    served = _Served(app, listener)
-    await served.started()
-    return served
 
 
 def _stage(checkpoint: Path, index: int) -> StageService:

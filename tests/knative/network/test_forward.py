@@ -71,6 +71,38 @@ async def test_headers_for_one_hop_stay_behind_and_all_others_pass(
     assert len(named(seen, "x-big")[0]) == 32768
 
 
+async def test_repeated_headers_pass_however_they_are_spelt(
+    upstream: Start, queue_proxy: Start, connect: Start
+) -> None:
+    proxy = await queue_proxy(await upstream(echo))
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Twice: 1\r\nX-TWICE: 2\r\nx-twice: 3\r\n\r\n"
+    reader, _ = await connect(proxy.address, head)
+    seen = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    assert named(seen, "x-twice") == ["1", "2", "3"]
+
+
+async def test_no_client_takes_the_host_away(upstream: Start, queue_proxy: Start, connect: Start) -> None:
+    proxy = await queue_proxy(await upstream(echo))
+    head = b"GET / HTTP/1.1\r\nHost: demo.default\r\nConnection: close, Host, X-A\r\nX-A: 1\r\n\r\n"
+    reader, _ = await connect(proxy.address, head)
+    seen = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    assert (named(seen, "host"), named(seen, "x-a")) == (["demo.default"], [])
+
+
+@pytest.mark.parametrize(
+    ("target", "path"), [("http://demo.default/a%2Fb?c", "/a%2Fb?c"), ("HTTP://demo.default", "/")]
+)
+async def test_the_host_of_an_absolute_target_is_the_one_that_counts(
+    target: str, path: str, upstream: Start, queue_proxy: Start, connect: Start
+) -> None:
+    proxy = await queue_proxy(await upstream(echo))
+    reader, _ = await connect(
+        proxy.address, f"GET {target} HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n".encode()
+    )
+    seen = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    assert (seen["target"], named(seen, "host")) == (path, ["demo.default"])
+
+
 async def test_many_headers_pass(upstream: Start, queue_proxy: Start, client: aiohttp.ClientSession) -> None:
     proxy = await queue_proxy(await upstream(echo))
     async with client.get(f"http://{proxy.address}/", headers={f"X-{number}": "1" for number in range(500)}) as answer:
