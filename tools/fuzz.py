@@ -31,11 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return max(_replay(door, files) for door, files in _by_door(options.replay).items())
     if options.show is not None:
         return _show(options.door or list(DOORS), options.seed, options.show)
-    shares = _shares(options.door or list(DOORS), options.inputs)
-    seconds = options.seconds / len(shares) * min(options.jobs, len(shares))
+    inputs_of = shares(options.door or list(DOORS), options.inputs)
+    seconds = options.seconds / len(inputs_of) * min(options.jobs, len(inputs_of))
     tasks = [
         Task(door, options.seed, options.start, options.start + inputs, options.check_every, options.limit_s, seconds)
-        for door, inputs in shares.items()
+        for door, inputs in inputs_of.items()
     ]
     with ThreadPoolExecutor(options.jobs) as pool:  # each waits for a process
         tallies = list(pool.map(lambda task: run(task, open_door, _progress), tasks))
@@ -100,9 +100,12 @@ def _grown(tally: Tally) -> int:
     return tally.rss_bytes[-1][1] - tally.rss_bytes[quarter][1]
 
 
-def _shares(doors: Sequence[str], inputs: int) -> dict[str, int]:
+def shares(doors: Sequence[str], inputs: int) -> dict[str, int]:
+    """Inputs for each door; all together `inputs`, or one each where there are more doors."""
     share = {door: DOORS[door].share if door in DOORS else 1 for door in doors}
-    return {door: max(1, inputs * share[door] // sum(share.values())) for door in doors}
+    found = {door: max(1, inputs * share[door] // sum(share.values())) for door in doors}
+    found[max(found, key=found.__getitem__)] += max(0, inputs - sum(found.values()))  # what was rounded off
+    return found
 
 
 def _progress(tally: Tally) -> None:

@@ -14,7 +14,7 @@ from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb
 from tests.tools.bad_door import BadDoor
 from tools import fuzz
 from tools.fuzzing.campaign import Tally, Task, input_of, run
-from tools.fuzzing.catalogue import open_door
+from tools.fuzzing.catalogue import DOORS, open_door
 from tools.fuzzing.door import Violation, judged
 from tools.fuzzing.grpc_door import refused
 from tools.fuzzing.mutations import INPUT_BYTES_MAX, dumped, hostile
@@ -84,6 +84,15 @@ def test_some_messages_made_bad_can_still_be_read() -> None:
         with contextlib.suppress(DecodeError):
             readable += pb.ModelMetadataRequest.FromString(bad).SerializeToString() != good
     assert 50 < readable < 250
+
+
+@pytest.mark.parametrize("inputs", [len(DOORS), 1000, 999_999, 1_000_000])
+def test_doors_share_all_inputs(inputs: int) -> None:
+    found = fuzz.shares(list(DOORS), inputs)
+    assert set(found) == set(DOORS)
+    assert min(found.values()) >= 1
+    assert sum(found.values()) >= inputs
+    assert inputs < 1000 or sum(found.values()) == inputs
 
 
 def test_memory_that_grows_is_a_failure() -> None:
