@@ -26,14 +26,14 @@ class ServedChain:
     service: Service
 
     def __init__(self, checkpoint: Path) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner()
         self._failures: list[str] = []
-        self._loop.set_exception_handler(lambda loop, context: self._failures.append(str(context)))
+        self._runner.get_loop().set_exception_handler(lambda loop, context: self._failures.append(str(context)))
         self.run(self._open(checkpoint))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns. Raises Violation where exceptions were left to the event loop."""
-        result = self._loop.run_until_complete(work)
+        result = self._runner.run(work)
         if self._failures:
             raise Violation("crash", f"left to the event loop: {self._failures.pop()}")
         return result
@@ -43,8 +43,8 @@ class ServedChain:
         self.run(self._check(text, right))
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._close())
-        self._loop.close()
+        self._runner.run(self._close())
+        self._runner.close()  # and what waits for leases to run out
 
     async def _check(self, text: Coroutine[Any, Any, str], right: str) -> None:
         if (found := await text) != right:
@@ -79,7 +79,6 @@ class ServedChain:
             await server.stop()
         for stage in self._stages:
             stage.stop()
-        await self._loop.shutdown_default_executor()
 
 
 def _stage(checkpoint: Path, index: int) -> StageService:

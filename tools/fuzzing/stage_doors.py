@@ -48,7 +48,7 @@ class StageDoor:
     name = "stage-events"
 
     def __init__(self, checkpoint: Path, claims: Path) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._runner = asyncio.Runner()
         self._services = [
             StageService(
                 StageSettings(
@@ -60,27 +60,26 @@ class StageDoor:
             for index, span in enumerate(SPANS)
         ]  # fmt: skip
         self._apps = [app_of(service) for service in self._services]
-        self._loop.run_until_complete(self._woken())
-        self.good = self._loop.run_until_complete(recorded(self._apps))
+        self._runner.run(self._woken())
+        self.good = self._runner.run(recorded(self._apps))
         self._held = [{piece for request in self.good for piece in _sequences(request.body)} for _ in SPANS]
-        self._loop.run_until_complete(self._release())
-        self._right = self._loop.run_until_complete(self._generated(40))
+        self._runner.run(self._release())
+        self._right = self._runner.run(self._generated(40))
         self._made: list[int] = []
 
     def make(self, random: Random) -> bytes:
         return hostile_event(random, self.good).to_bytes()
 
     def take(self, data: bytes) -> Verdict:
-        return self._loop.run_until_complete(self._take(data))
+        return self._runner.run(self._take(data))
 
     def check(self) -> None:
-        self._loop.run_until_complete(self._check())
+        self._runner.run(self._check())
 
     def close(self) -> None:
         for service in self._services:
             service.stop()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
+        self._runner.close()  # and what waits for leases to run out
 
     async def _take(self, data: bytes) -> Verdict:
         request = Request.from_bytes(data)
