@@ -231,6 +231,11 @@ def load_span(
     Raises CheckpointError."""
     if span.end > checkpoint.block_count:
         raise CheckpointError(f"blocks {span} were asked for, the model has {checkpoint.block_count}")
+    if checkpoint.block_count > len(checkpoint.tensors):  # all are built before one looks for their weights
+        raise CheckpointError(
+            f"{checkpoint.location}/config.json speaks of {checkpoint.block_count} blocks, and the weights are "
+            f"{len(checkpoint.tensors)} tensors; the checkpoint is incomplete, copy or download it again"
+        )
     with _quiet():
         cut = _cut(_build(checkpoint, dtype, attention), checkpoint, span)
         quantise(cut, quantization, checkpoint.location)

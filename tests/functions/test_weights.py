@@ -220,6 +220,12 @@ def test_span_past_the_end_is_refused(checkpoint: Checkpoint) -> None:
         load(checkpoint, "3:5")
 
 
+def test_an_absurd_number_of_blocks_is_refused_before_any_is_built(checkpoint: Checkpoint) -> None:
+    absurd = Checkpoint(checkpoint.location, {**checkpoint.config, "num_hidden_layers": 10**9}, checkpoint.tensors)
+    with pytest.raises(CheckpointError, match=r"speaks of 1000000000 blocks, and the weights are \d+ tensors"):
+        load(absurd, "1:3")
+
+
 def test_unknown_architecture_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = changed(tiny_checkpoint, tmp_path, lambda tensors: None)
     config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "abacus"}
