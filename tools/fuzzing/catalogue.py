@@ -78,13 +78,13 @@ def _proxies(folder: Path) -> Door:
 def _checkpoints(folder: Path) -> Door:
     from tools.fuzzing.checkpoint_doors import CheckpointDoor
 
-    return CheckpointDoor(_tiny(folder), folder / "hostile")
+    return CheckpointDoor(_all_tiny(folder), folder / "hostile")
 
 
 def _loading(folder: Path) -> Door:
     from tools.fuzzing.checkpoint_doors import LoadingDoor
 
-    return LoadingDoor(_tiny(folder), folder / "hostile")
+    return LoadingDoor(_all_tiny(folder), folder / "hostile")
 
 
 def _function(name: str) -> Callable[[Path], Door]:
@@ -95,6 +95,14 @@ def _function(name: str) -> Callable[[Path], Door]:
         return door
 
     return open_one
+
+
+def _all_tiny(folder: Path) -> list[Path]:
+    from tools.fuzzing.tiny_model import ARCHITECTURES, save_tiny
+
+    for architecture in ARCHITECTURES:
+        save_tiny(folder / architecture, architecture)
+    return [folder / architecture for architecture in ARCHITECTURES]
 
 
 def _tiny(folder: Path) -> Path:

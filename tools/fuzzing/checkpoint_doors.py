@@ -10,6 +10,7 @@ import gc
 import json
 import resource
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,22 +40,21 @@ _TEMPLATE_WORDS = ("{% for m in messages %}", "{% endfor %}", "{{ messages }}", 
 
 
 class CheckpointDoor:
-    """`model` is a good checkpoint; `folder` is where the hostile ones are written."""
+    """`models` are good checkpoints; `folder` is where the hostile ones are written."""
 
     name = "checkpoints"
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, models: Sequence[Path], folder: Path) -> None:
         self._folder = folder
-        self._good = {file.name: file.read_bytes() for file in sorted(model.iterdir()) if file.is_file()}
-        weights = self._good["model.safetensors"]
-        self._good["model.safetensors.index.json"] = json.dumps(
-            {"metadata": {"total_size": len(weights)}, "weight_map": {"model.norm.weight": "model.safetensors"}}
-        ).encode()
+        self._good = [
+            {file.name: file.read_bytes() for file in sorted(model.iterdir()) if file.is_file()} for model in models
+        ]
 
     def make(self, random: Random) -> bytes:
-        files: dict[str, Any] = {
-            name: data for name, data in self._good.items() if "index" not in name or not random.randrange(4)
-        }
+        files: dict[str, Any] = dict(random.choice(self._good))
+        if not random.randrange(4):
+            index = {"metadata": {"total_size": 1}, "weight_map": {"model.norm.weight": "model.safetensors"}}
+            files["model.safetensors.index.json"] = json.dumps(index).encode()
         name = random.choice([*sorted(files), "config.json", "model.safetensors", "chat_template.jinja"])
         data = files[name]
         if random.random() < 0.05:
@@ -88,9 +88,10 @@ class CheckpointDoor:
         return self._weights() and served
 
     def check(self) -> None:
-        files = {name: base64.b64encode(data).decode() for name, data in self._good.items() if "index" not in name}
-        if self.take(json.dumps(files).encode()) != "accepted":
-            raise Violation("harm", "a good checkpoint is refused")
+        for files in self._good:
+            encoded = {name: base64.b64encode(data).decode() for name, data in files.items()}
+            if self.take(json.dumps(encoded).encode()) != "accepted":
+                raise Violation("harm", f"a good checkpoint is refused: {files['config.json'].decode()}")
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -132,8 +133,8 @@ class LoadingDoor(CheckpointDoor):
 
     name = "stage-loading"
 
-    def __init__(self, model: Path, folder: Path) -> None:
-        super().__init__(model, folder)
+    def __init__(self, models: Sequence[Path], folder: Path) -> None:
+        super().__init__(models, folder)
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES_BYTES_MAX, _ADDRESSES_BYTES_MAX))
 
     def given(self) -> bool:
