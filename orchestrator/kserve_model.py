@@ -17,6 +17,7 @@ from orchestrator.choices import Answer, Service, as_generation_error, collect
 from orchestrator.openai_api import REPEATED_HEADER
 from orchestrator.openai_requests import CompletionRequest, Work, completion_work, invalid, parse_json, parse_request
 from orchestrator.request_terms import Terms, current_terms, seeded
+from orchestrator.tokenizer import half_character
 
 # parameters of /openai/v1/completions that make no sense for one text in, one text out
 _NOT_HERE = frozenset({"model", "n", "best_of", "stream", "stream_options", "echo", "return_token_ids"})
@@ -80,6 +81,8 @@ class StagedModel(kserve.Model):  # type: ignore[misc]  # kserve has no types
 
     async def _infer(self, request: kserve.InferRequest, request_id: str, terms: Terms) -> kserve.InferResponse:
         wanted = _wanted_outputs(request)
+        if isinstance(request.id, str) and (at := half_character(request.id)) is not None:
+            raise invalid(f"the id is not valid Unicode at character {at}", "id")  # no answer could repeat it
         parameters = _checked_parameters(_v2_parameters(request))
         if "prompt" in parameters:
             raise invalid("the prompt of a V2 request is its input text_input or input_ids", "prompt")

@@ -42,7 +42,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises TokenizerError for text that is not Unicode (half a surrogate pair) and without tokenizer.json."""
         backend = self._need()
-        if (at := _half_character(text)) is not None:
+        if (at := half_character(text)) is not None:
             raise TokenizerError(f"the text is not valid Unicode at character {at}")
         return list(self._asked(backend.encode, text, add_special_tokens=add_special_tokens).ids)
 
@@ -137,12 +137,12 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     for source in sources:
         for name, value in source.items():
             content = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(content, str) and _half_character(content) is None:
+            if name.endswith("_token") and isinstance(content, str) and half_character(content) is None:
                 found[name] = content
     return found
 
 
-def _half_character(text: str) -> int | None:
+def half_character(text: str) -> int | None:
     """Where half a surrogate pair stands, which is no character, and which JSON may spell; None if nowhere."""
     try:
         text.encode()

@@ -19,6 +19,7 @@ from knative.errors import Unavailable
 HEADER_BYTES_MAX = 64 * 1024  # of one header line, and of the request line
 HEADERS_MAX = 1000
 _BACKLOG = 1024  # connections; a burst at zero comes all at once
+_REASON_CHARACTERS_MAX = 300
 _CLOSE_S = 0.5  # for running exchanges to send the end of their answer
 
 # an absolute target has a host, and no user in front of it (RFC 9110, 4.2.4)
@@ -37,6 +38,24 @@ _LOG = logging.getLogger(__name__)
 _LOG.addFilter(_worth_telling)
 
 
+class _Protocol(web.RequestHandler):
+    """aiohttp's refusals quote the line that they refuse, however long it is."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        return super().handle_error(request, status, exc, message and message[:_REASON_CHARACTERS_MAX])
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+
 class Listener:
     """Hands every request that can be relayed to `handler`. A client that goes away cancels its handler."""
 
@@ -48,7 +67,7 @@ class Listener:
     async def start(self, host: str, port: int) -> str:
         """Listens; port 0 takes a free one. Returns HOST:PORT. Raises Unavailable if it cannot have the port."""
         listening = _bind(host, port)
-        server = web.Server(
+        server = _Server(
             self._handle,
             handler_cancellation=True,
             access_log=None,

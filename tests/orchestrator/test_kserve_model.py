@@ -249,6 +249,7 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "v2 other input": ("/v2/models/toy/infer", v2("x"), 400, "text_input"),
     "v2 text as FP32": ("/v2/models/toy/infer", v2(datatype="FP32", data=[1.0]), 400, "BYTES"),
     "v2 number as text": ("/v2/models/toy/infer", v2(data=[1]), 400, "text"),
+    "v2 id": ("/v2/models/toy/infer", v2(id="a\ud800"), 400, "not valid Unicode at character 1"),
     "v2 shape": ("/v2/models/toy/infer", v2(shape=[2]), 400, "shape"),
     "v2 ids of rank 3": ("/v2/models/toy/infer", v2("input_ids", [1, 1, 1], "INT64", [60]), 400, "[1, n]"),
     "v2 fractional ids": ("/v2/models/toy/infer", v2("input_ids", [1, 1], "INT64", [6.5]), 400, "whole"),

@@ -35,6 +35,18 @@ async def test_ipv6_addresses_are_shown_in_brackets() -> None:
         await listener.close()
 
 
+async def test_a_refusal_does_not_repeat_a_long_line(connect: Callable[..., Awaitable[Any]]) -> None:
+    listener = Listener(hello)
+    address = await listener.start("127.0.0.1", 0)
+    reader, writer = await connect(address, b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a" * 60_000 + b"\r\n\r\n")
+    writer.write_eof()
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 400 ")
+    assert b"Invalid header" in body
+    assert len(body) < 1000
+    await listener.close()
+
+
 @pytest.mark.parametrize(
     ("request_head", "status", "text"),
     [
