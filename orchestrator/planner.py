@@ -439,7 +439,7 @@ def _expert_share(config: Mapping[str, Any]) -> float:
     """The part of a block's experts that a token meets; 1 where the configuration does not say."""
     total = _number(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     used = _number(config, "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
-    return min(1.0, used / total) if total and used else 1.0
+    return min(used, total) / total if total and used else 1.0
 
 
 def _kv_values_per_token(config: Mapping[str, Any]) -> int:

@@ -129,6 +129,12 @@ def test_every_block_caches_its_keys_and_values(kind: str, saved: Any) -> None:
     assert all(block.parameters > 0 for block in cost.blocks)
 
 
+@pytest.mark.parametrize(("used", "total"), [(10**400, 1), (1, 10**400), (10**400, 10**400)])
+def test_no_number_of_experts_is_too_large(used: int, total: int) -> None:
+    checkpoint = invented(config={"num_local_experts": total, "num_experts_per_tok": used})
+    assert model_cost(checkpoint).blocks[0].parameters == model_cost(invented()).blocks[0].parameters
+
+
 def test_tokens_meet_only_their_share_of_the_experts(saved: Any) -> None:
     dense = [t for t in saved("mixtral")[0].tensors.values() if t.block == 0 and ".experts." not in t.name]
     experts = [t for t in saved("mixtral")[0].tensors.values() if t.block == 0 and ".experts." in t.name]
