@@ -13,6 +13,7 @@ ways: what it adds to the hidden states must be the same, but for rounding. If n
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
@@ -142,7 +143,8 @@ class FusedBlocks(nn.Module):
         self._rows = first.width + _APART, max(first.qkv.outputs, first.gate_up.outputs) + _APART
         self._activation = first.activation
         self._pool: KvPool | None = None
-        self._differences: list[float] | None = None  # while they are looked for
+        # from what the modules compute, beside what a block adds; while they are looked for
+        self._differences: list[tuple[float, float]] | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """[1, n, width] -> the same."""
@@ -161,21 +163,22 @@ class FusedBlocks(nn.Module):
         self._differences = []
         try:
             yield
-            for difference in self._differences:
-                if not difference <= _DIFFERENCE_MAX:  # nor if it is not a number
-                    raise Unfusible(f"a block computes something else (by {difference:.1g} of what it adds)")
+            for difference, added in self._differences:
+                if not difference <= _DIFFERENCE_MAX * added:  # nor if it is not a number
+                    by = difference / added if added else math.inf
+                    raise Unfusible(f"a block computes something else (by {by:.1g} of what it adds)")
         finally:
             self._differences = None
 
     def _compare(
-        self, differences: list[float], cache: PackedPass, hidden: torch.Tensor, *args: Any, **kwargs: Any
+        self, differences: list[tuple[float, float]], cache: PackedPass, hidden: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         for index, block in enumerate(self.blocks):
             result = block(hidden, *args, **kwargs)
             if not isinstance(result, torch.Tensor):
                 raise Unfusible("blocks return more than hidden states")
             fused = self._run(cache, hidden, kwargs["position_embeddings"], index, 1)
-            differences.append(float((fused - result).norm() / (result - hidden).norm()))
+            differences.append((float((fused - result).norm()), float((result - hidden).norm())))
             hidden = result
         return hidden
 

@@ -178,6 +178,15 @@ def test_texts_that_are_not_cached_go_through_the_modules(load: Load) -> None:
     torch.testing.assert_close(runner.texts([40], tokens, None), runner.run(sequences, slices, tokens, None))
 
 
+def test_a_block_that_adds_nothing_is_fused(make: Make, tmp_path: Path) -> None:
+    """As those that are to be trained yet."""
+    model = make("llama")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.model.layers[1].get_submodule(name).weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    assert fused(load_runner(open_checkpoint(str(tmp_path)), BlockSpan(0, 2), torch.float32, CPU)) is not None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
