@@ -131,7 +131,12 @@ DOORS: Mapping[str, Entry] = {
         _checkpoints,
         kept_mib=250,  # tokenizers 0.23 keeps 1.4 KB and more of each tokenizer that has encoded something
     ),
-    "stage-loading": Entry("checkpoints, as a stage loads them", 1, _loading),
+    "stage-loading": Entry(
+        "checkpoints, as a stage loads them",
+        1,
+        _loading,
+        kept_mib=2000,  # torch keeps 10 to 20 KB of each model that was built, none of it objects of Python
+    ),
 }
 
 
