@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from functions.contract.http_limits import limited_protocol
 from functions.contract.logs import configure_logs
-from functions.settings import SettingsError
+from functions.contract.settings_error import SettingsError
 
 _LOOK_EVERY_S = 0.1
 _SOURCE = Path(__file__).parent / "main.py"

@@ -29,13 +29,14 @@ from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.messages import Samples, StageInfo, Step, decode_sequences
 from functions.contract.scoring import RESULT, SCORE, SPENT_PATH
 from functions.contract.seals import Seals
+from functions.contract.settings_error import SettingsError
 from functions.cores import Cores
 from functions.handover import PIECES_BYTES_MAX, FetchFailed, adopt
 from functions.kernels import processor
 from functions.leases import Clock
 from functions.runner import load_runner
 from functions.score_events import Scorer
-from functions.settings import SettingsError, StageSettings
+from functions.settings import StageSettings
 from functions.stage import Outcome, Stage
 
 log = structlog.get_logger()

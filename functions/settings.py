@@ -17,6 +17,7 @@ from functions.contract.checkpoint import Checkpoint
 from functions.contract.http_limits import HttpLimits
 from functions.contract.location import default_wait_s
 from functions.contract.seals import CLOCK_SKEW_S, Seals
+from functions.contract.settings_error import SettingsError
 from functions.contract.spans import BlockSpan
 from functions.contract.watched_file import FileError
 from functions.quantize import Quantization
@@ -24,10 +25,6 @@ from functions.quantize import Quantization
 _CPU_KV_BYTES_MAX = 4 << 30
 _CPU_KV_SHARE = 0.25
 _CUDA_KV_SHARE = 0.85
-
-
-class SettingsError(Exception):
-    """A setting is missing or wrong; the text names it and what is allowed."""
 
 
 class StageSettings(BaseSettings):

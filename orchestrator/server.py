@@ -28,13 +28,14 @@ from functions.contract.http_limits import limited_protocol
 from functions.contract.location import checkpoint_location, wait_for_checkpoint
 from functions.contract.logs import configure_logs
 from functions.contract.seals import Seals
+from functions.contract.settings_error import SettingsError
 from functions.contract.watched_file import FileError, WatchedFile
 from knative.eventing.store_errors import StoreError
 from orchestrator.api_keys import ApiKeyGuard, ApiKeys, parse_api_keys
 from orchestrator.choices import Service
 from orchestrator.generation import GenerationError
 from orchestrator.metrics import watch_tasks
-from orchestrator.settings import PREFIX, OrchestratorSettings, SettingsError, load_settings
+from orchestrator.settings import PREFIX, OrchestratorSettings, load_settings
 from orchestrator.shared_generation import SharedSettings
 from orchestrator.tokenizer import TokenizerError, load_tokenizer
 

@@ -12,13 +12,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from functions.contract.http_limits import HttpLimits
 from functions.contract.location import default_wait_s
+from functions.contract.settings_error import SettingsError
 from orchestrator.step_times import StepTimes, read_step_times
 
 PREFIX = "ORCHESTRATOR_"
-
-
-class SettingsError(Exception):
-    """A setting is missing, misspelt or out of range; the message names it and what is allowed."""
 
 
 class OrchestratorSettings(BaseSettings):

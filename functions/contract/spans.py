@@ -24,7 +24,7 @@ class BlockSpan:
         """'4:8' -> blocks 4, 5, 6 and 7. Raises ValueError with what is allowed."""
         match = _TEXT.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"a span is written START:END (half-open), such as 0:6; got {text!r}")
+            raise ValueError(f"a span is written START:END (half-open), such as 0:6; got {text[:80]!r}")
         return cls(int(match[1]), int(match[2]))
 
     def __len__(self) -> int:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from functions import cores
+from functions.contract.settings_error import SettingsError
 from functions.cores import Cores
 from functions.service import StageService
-from functions.settings import SettingsError, StageSettings
+from functions.settings import StageSettings
 
 HOLD = """
 import sys, time

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from functions.contract.checkpoint import Checkpoint
+from functions.contract.settings_error import SettingsError
 from functions.contract.spans import BlockSpan
-from functions.settings import SettingsError, StageSettings, read_settings
+from functions.settings import StageSettings, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +165,12 @@ def test_a_file_named_env_is_not_read(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / ".env").write_text("STAGE_INDEX=1\n")
     monkeypatch.chdir(tmp_path)
     assert read_settings().index == 0
+
+
+@pytest.mark.parametrize("name", ["STAGE_BLOCKS", "STAGE_INDEX", "STAGE_" + "A" * 100_000])
+def test_a_complaint_is_short_however_long_the_value_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAGE_BLOCKS", "0:2")
+    monkeypatch.setenv(name, "0" * 100_000 + ":")
+    with pytest.raises(SettingsError, match=name[:12]) as caught:
+        read_settings()
+    assert len(str(caught.value)) < 5000

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.settings import PREFIX, SettingsError, load_settings
+from functions.contract.settings_error import SettingsError
+from orchestrator.settings import PREFIX, load_settings
 
 GIVEN = {"model": "demo", "model_name": "demo", "plan": "p", "stage_urls": "http://stage"}
 

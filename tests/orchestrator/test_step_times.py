@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from functions.contract.settings_error import SettingsError
 from orchestrator.cost import StageProfile
-from orchestrator.settings import SettingsError, load_settings
+from orchestrator.settings import load_settings
 from orchestrator.step_times import read_step_times, step_times_text
 
 PROFILE = StageProfile("cpu", "float32", "2026-11-24", 1.0, ((1, 0.004), (8, 0.009)), ((128, 0.1), (512, 0.4)), 1)

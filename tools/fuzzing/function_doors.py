@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from functions.contract.settings_error import SettingsError
 from knative.autoscaler.config import AutoscalerConfig
 from knative.errors import ValidationError
 from knative.eventing.event import CloudEvent
@@ -23,7 +24,7 @@ from knative.resources.config_maps import DefaultsConfig
 from knative.resources.documents import parse, parse_documents
 from orchestrator.batches.lines import BadLine, OutputLineError, Request, parse_line, parse_output
 from orchestrator.plan import PlanError, dump_plan, parse_plan
-from orchestrator.settings import SettingsError, load_settings
+from orchestrator.settings import load_settings
 from tools.fuzzing.door import Verdict, Violation
 from tools.fuzzing.mutations import TEXTS, changed_value, dumped, hostile, mutated, mutated_json, mutated_text
 
@@ -316,8 +317,7 @@ _ENVIRONMENTS: tuple[Mapping[str, str], ...] = (
 
 
 def settings_door() -> FunctionDoor:
-    from functions.settings import SettingsError as StageSettingsError  # which imports torch
-    from functions.settings import read_settings
+    from functions.settings import read_settings  # which imports torch
 
     def make(random: Random) -> bytes:
         environment = dict(random.choice(_ENVIRONMENTS))
@@ -341,8 +341,7 @@ def settings_door() -> FunctionDoor:
                 load_settings(os.environ)
         return True
 
-    errors = (SettingsError, StageSettingsError)
-    return FunctionDoor("settings", make, give, errors, [json.dumps(one).encode() for one in _ENVIRONMENTS])
+    return FunctionDoor("settings", make, give, (SettingsError,), [json.dumps(one).encode() for one in _ENVIRONMENTS])
 
 
 @contextmanager
