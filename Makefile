@@ -16,8 +16,8 @@ GRPC_PORT ?= 8081
 PROMPT  ?= ROMEO: But soft! what light through yonder window breaks?
 ONCE    ?=
 TESTS   ?= tests
-# one more than the cores of a small machine: tests wait for processes much of the time
-WORKERS ?= 3
+# twice the cores of a small machine: tests wait for processes much of the time
+WORKERS ?= 4
 BENCH   ?=
 FUZZ    ?=
 SOAK    ?=
