@@ -124,7 +124,12 @@ DOORS: Mapping[str, Entry] = {
     "batch-lines": Entry("lines of batches, in and out", 200, _function("line_door")),
     "plans": Entry("plan files", 15, _function("plan_door")),
     "manifests": Entry("manifests in YAML and JSON", 15, _function("manifest_door")),
-    "settings": Entry("environments of stages and orchestrators", 20, _function("settings_door")),
+    "settings": Entry(
+        "environments of stages and orchestrators",
+        20,
+        _function("settings_door"),
+        kept_mib=40,  # glibc keeps each text that was ever set as an environment variable
+    ),
     "checkpoints": Entry(
         "checkpoints, tokenizers and chat templates, as planning and serving read them",
         20,
