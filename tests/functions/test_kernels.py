@@ -26,10 +26,9 @@ def normed() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_torchs_variable_is_that_of_the_kernels(kind: str) -> None:
+def test_torchs_variable_is_that_of_the_kernels(kind: str, root: Path) -> None:
     code = "import torch, functions.kernels as k; print(k.processor(), torch.backends.cpu.get_cpu_capability().lower())"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": kind}
-    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, check=True)
     assert done.stdout.decode().split() == [kind, kind]
 

@@ -270,7 +270,6 @@ class ProxyDoor:
         self._ports = (*[self._front] * 5, *proxies, self._direct)
 
     async def _serve(self, replica: Replica, http: Any) -> int:
-        # with its protocol, without which asyncio leaves Nagle's algorithm on: 40 ms for each reply
         listener = listening()
         self._servers.append(await serve(replica, listener, http=http))
         return int(listener.getsockname()[1])

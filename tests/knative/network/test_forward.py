@@ -30,6 +30,11 @@ async def echo(request: web.BaseRequest) -> web.Response:
     return web.json_response(seen)
 
 
+def seen_in(answer: bytes) -> dict[str, Any]:
+    """What `echo` told in a whole response."""
+    return dict(json.loads(answer.partition(b"\r\n\r\n")[2]))
+
+
 def named(seen: dict[str, Any], name: str) -> list[str]:
     return [value for key, value in seen["headers"] if key.lower() == name]
 
@@ -62,7 +67,7 @@ async def test_headers_for_one_hop_stay_behind_and_all_others_pass(
         + b"x" * 32768
         + b"\r\n\r\n",
     )
-    seen = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    seen = seen_in(await reader.read())
     names = {key.lower() for key, _ in seen["headers"]}
     assert names == {"host", "x-twice", "x-forwarded-for", "cookie", "x-big"}  # none is added either
     assert named(seen, "host") == ["demo.default"]
@@ -77,7 +82,7 @@ async def test_repeated_headers_pass_however_they_are_spelt(
     proxy = await queue_proxy(await upstream(echo))
     head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Twice: 1\r\nX-TWICE: 2\r\nx-twice: 3\r\n\r\n"
     reader, _ = await connect(proxy.address, head)
-    seen = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    seen = seen_in(await reader.read())
     assert named(seen, "x-twice") == ["1", "2", "3"]
 
 
@@ -85,7 +90,7 @@ async def test_no_client_takes_the_host_away(upstream: Start, queue_proxy: Start
     proxy = await queue_proxy(await upstream(echo))
     head = b"GET / HTTP/1.1\r\nHost: demo.default\r\nConnection: close, Host, X-A\r\nX-A: 1\r\n\r\n"
     reader, _ = await connect(proxy.address, head)
-    seen = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    seen = seen_in(await reader.read())
     assert (named(seen, "host"), named(seen, "x-a")) == (["demo.default"], [])
 
 
@@ -99,7 +104,7 @@ async def test_the_host_of_an_absolute_target_is_the_one_that_counts(
     reader, _ = await connect(
         proxy.address, f"GET {target} HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n".encode()
     )
-    seen = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    seen = seen_in(await reader.read())
     assert (seen["target"], named(seen, "host")) == (path, ["demo.default"])
 
 
@@ -263,7 +268,7 @@ async def test_a_client_that_expects_100_continue_gets_it_before_its_body(
     writer.write(b"body")
     answer = await reader.read()
     assert answer.startswith(b"HTTP/1.1 200 OK")
-    seen = json.loads(answer.partition(b"\r\n\r\n")[2])
+    seen = seen_in(answer)
     assert seen["body"] == "body"
     assert named(seen, "expect") == []
 
